@@ -1,0 +1,169 @@
+"""A loaded model that runs: its program with memory behind it, and one forward pass over tokens of many sequences."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from tinydrug.engine.cache import RingCache, slots_needed
+from tinydrug.engine.doses import dose_table
+from tinydrug.formats.config import Config
+from tinydrug.formats.weights import Weights, padded
+from tinydrug.kernels.attention import CHUNK, ROWS, partial_bytes
+from tinydrug.kernels.memory import aligned
+from tinydrug.kernels.tables import CALL, OPERAND, SPAN, TOKEN
+from tinydrug.kernels.team import Team, post, serve
+from tinydrug.models.program import Program, Value
+from tinydrug.noise import SITES, SOBER
+
+TILE = 8  # rows a linear tile may reach past the last token
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive new tokens of one session in a step: all drugged or all sober; `outputs` asks for logits of the last
+    so many of them."""
+
+    session: "object"
+    ids: Sequence[int]
+    drugged: bool
+    outputs: int
+
+
+class Runtime:
+    """The weights, the program and the threads of one model. One step at a time: `step` holds a lock."""
+
+    def __init__(self, config: Config, weights: Weights, architecture: ModuleType, *, threads: int, n_ctx: int,
+                 cell: str = "f16", chunk: int = 512, rewind: int = 0, progress: Callable[[float], None] | None = None):  # fmt: skip
+        self.config, self.weights, self.n_ctx, self.cell, self.chunk = config, weights, n_ctx, cell, chunk
+        self.slots = slots_needed(n_ctx, config.sliding_window, chunk, rewind)
+        self._lock = threading.Lock()
+        self._program = Program(config, weights, cell)
+        self._outputs = architecture.forward(self._program, config, n_ctx)
+        self.sober = dose_table(SOBER, config.n_layers, cell)
+        self._compile(progress)
+        self._call = CALL.rows()
+        self._tokens = TOKEN.rows(chunk)
+        self._call["tokens"] = self._tokens.ctypes.data
+        self._call["sites"] = len(SITES)
+        self._team = Team(self._call, threads)
+        d = padded(config.head_dim)
+        widest = max(config.hidden_size, d)
+        self._scratch = aligned((threads, padded(4 * widest + 1024 + 4 * 32 * d + 3 * partial_bytes(d) + 8192, 4096)), np.uint8)
+        self._call["scratch"], self._call["scratch_stride"] = self._scratch.ctypes.data, self._scratch.strides[0]
+        self._reserve_outputs(8)
+        self._reserve_spans(1)
+
+    @property
+    def threads(self) -> int:
+        return self._team.threads
+
+    def new_cache(self) -> RingCache:
+        return RingCache(self.config, self.slots, self.cell)
+
+    def step(self, parts: Sequence[Part]) -> np.ndarray:
+        """Feed the parts, at most `chunk` tokens together -> logits (outputs, V) of the tokens asked for, in order.
+
+        The result is a view that the next step overwrites. Sessions are advanced."""
+        with self._lock:
+            return self._step(parts)
+
+    def close(self) -> None:
+        """Let the threads go; the next step would start them again."""
+        self._team.close()
+
+    def profile(self, on: bool) -> None:
+        """Start (from zero) or stop counting the cycles of every operation."""
+        self._call["profile"] = int(on)
+        if on:
+            self._ops["cycles"] = 0
+
+    def cycles(self) -> dict[str, int]:
+        """Cycles thread 0 spent, by kernel, barriers before it included."""
+        total: dict[str, int] = {}
+        for step, cycles in zip(self._program.steps, self._ops["cycles"], strict=True):
+            total[step.kernel.name] = total.get(step.kernel.name, 0) + int(cycles)
+        return total
+
+    def _step(self, parts):
+        n_outputs = sum(part.outputs for part in parts)
+        self._reserve_outputs(n_outputs)
+        self._reserve_spans(len(parts))
+        tokens, t, out = self._tokens, 0, 0
+        ahead: dict[int, int] = {}  # tokens this step already gives a session
+        for s, part in enumerate(parts):
+            session, n = part.session, len(part.ids)
+            start = session.pos + ahead.get(id(session), 0)
+            ahead[id(session)] = ahead.get(id(session), 0) + n
+            doses = session.doses if part.drugged else self.sober
+            self._spans[s] = (t, n, session.cache.keys.ctypes.data, session.cache.values.ctypes.data, self.slots,
+                              doses.ctypes.data, session.noise_seed, session.schedule.sink, session.moved.ctypes.data)  # fmt: skip
+            rows = tokens[t : t + n]
+            rows["span"], rows["position"], rows["id"] = s, np.arange(start, start + n), part.ids
+            rows["output"] = -1
+            if part.outputs:
+                rows["output"][n - part.outputs :] = np.arange(out, out + part.outputs)
+            t, out = t + n, out + part.outputs
+        call = self._call
+        call["n_tokens"], call["n_outputs"], call["n_spans"] = t, n_outputs, len(parts)
+        self._team.run()
+        for part in parts:
+            part.session.advance(part.ids, part.drugged)
+        return self._logits[:n_outputs]
+
+    def _compile(self, progress):
+        kernels = [*self._program.kernels(), serve, post]
+        for i, kernel in enumerate(kernels):
+            kernel.address  # noqa: B018 - compiles or loads
+            if progress:
+                progress((i + 1) / len(kernels))
+
+    def _reserve_spans(self, count):
+        """Room for the tables of so many spans and the partial results of their attention."""
+        if getattr(self, "_span_room", 0) >= count:
+            return
+        self._span_room = count
+        c = self.config
+        tiles = count * c.n_kv_heads * max(1, -(-c.n_heads // c.n_kv_heads // ROWS) + 1)
+        chunks = self.n_ctx // CHUNK + 2
+        self._parts = aligned(tiles * chunks * partial_bytes(padded(c.head_dim)), np.uint8, huge=False)
+        self._part_counts = aligned(tiles, np.int64)
+        self._spans = SPAN.rows(count)
+        self._call["spans"] = self._spans.ctypes.data
+        self._call["parts"], self._call["part_counts"] = self._parts.ctypes.data, self._part_counts.ctypes.data
+
+    def _reserve_outputs(self, count):
+        """Memory for every value of the program, with room for the logits of so many tokens."""
+        if getattr(self, "_output_room", 0) >= count:
+            return
+        self._output_room = count
+        program, threads = self._program, self.threads
+        place = program.place()
+        self._areas: dict[int, np.ndarray] = {}
+        on_outputs = {v.slot for step in program.steps for v in step.operands.values() if v.on_outputs}
+        for slot, area in enumerate(place):
+            # An area may be shared by values of both kinds: room for the larger.
+            rows = (max(count, self.chunk) if slot in on_outputs else self.chunk) + TILE
+            if slot == self._outputs.slot:
+                rows = count + TILE
+            if area not in self._areas or len(self._areas[area]) < rows + threads:
+                self._areas[area] = aligned((rows + threads, program.row_bytes[slot]), np.uint8)
+        self._operands = []
+
+        def operand(value: Value) -> int:
+            row = OPERAND.rows()
+            if value.slot < 0:
+                row["data"], row["stride"] = program.tables[-2 - value.slot].ctypes.data, value.nbytes
+            else:
+                area = self._areas[place[value.slot]]
+                row["data"], row["stride"] = area.ctypes.data, value.nbytes
+                row["private"] = area[-threads:].ctypes.data if value.private else 0
+            self._operands.append(row)
+            return row.ctypes.data
+
+        self._ops = program.table(operand, self.weights.table)
+        self._call["ops"], self._call["n_ops"] = self._ops.ctypes.data, len(self._ops)
+        logits = self._areas[place[self._outputs.slot]][:count].view(np.float32)
+        self._logits = logits[:, : self.config.vocab_size]

@@ -1,0 +1,85 @@
+"""One sequence: its cache, its tokens, its schedule of noise."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tinydrug.engine.cache import RingCache
+from tinydrug.engine.doses import dose_table
+from tinydrug.engine.runtime import Part, Runtime
+from tinydrug.errors import ContextOverflow, PromptError
+from tinydrug.noise import SITES, SOBER, Schedule
+
+
+class Session:
+    """A sequence being read and written. Sessions of one runtime may be used from any thread, one call at a time each."""
+
+    def __init__(self, runtime: Runtime, schedule: Schedule = SOBER, noise_seed: int = 0):
+        self.runtime = runtime
+        self.cache: RingCache = runtime.new_cache()
+        self.ids: list[int] = []  # every token in the cache, in order
+        self.moved = np.zeros(len(SITES), np.int64)  # vectors that noise has moved, by site
+        self._written = 0  # positions ever written since the last reset: which slots are spoilt
+        self.dose(schedule, noise_seed)
+
+    @property
+    def pos(self) -> int:
+        """The position of the next token."""
+        return len(self.ids)
+
+    def dose(self, schedule: Schedule, noise_seed: int | None = None) -> None:
+        """Use this schedule from now on; its own seed wins over noise_seed. DrugError if it does not fit the model."""
+        self.doses = dose_table(schedule, self.runtime.config.n_layers, self.runtime.cell)
+        self.schedule = schedule
+        if schedule.seed is not None:
+            noise_seed = schedule.seed
+        if noise_seed is not None:
+            self.noise_seed = int(np.uint64(noise_seed).astype(np.int64))  # 64 bits, as the kernels hold them
+
+    def check(self, ids: Sequence[int]) -> None:
+        """PromptError or ContextOverflow if these tokens cannot be fed now."""
+        for token in ids:
+            if not 0 <= token < self.runtime.config.vocab_size:
+                raise PromptError(f"token id {token} is not between 0 and {self.runtime.config.vocab_size - 1}")
+        if self.pos + len(ids) > self.runtime.n_ctx:
+            raise ContextOverflow(self.pos + len(ids), self.runtime.n_ctx)
+
+    def parts(self, ids: Sequence[int], drugged: str, outputs: int) -> list[Part]:
+        """These tokens as parts of at most a chunk each. drugged: none, last (only the last token), all."""
+        sober = {"none": len(ids), "last": len(ids) - 1, "all": 0}[drugged]
+        parts, chunk = [], self.runtime.chunk
+        for first, last, noisy in ((0, sober, False), (sober, len(ids), True)):
+            for at in range(first, last, chunk):
+                end = min(at + chunk, last)
+                asked = max(0, outputs - (len(ids) - end))
+                parts.append(Part(self, ids[at:end], noisy, min(asked, end - at)))
+        return parts
+
+    def feed(self, ids: Sequence[int], drugged: str = "none", outputs: int = 1) -> np.ndarray:
+        """Feed tokens -> logits (outputs, V) of the last `outputs` of them, float32, a copy."""
+        self.check(ids)
+        rows = [self.runtime.step([part]).copy() for part in self.parts(ids, drugged, outputs)]
+        return np.concatenate(rows)
+
+    def advance(self, ids: Sequence[int], drugged: bool) -> None:
+        """Called by the runtime: these tokens are in the cache now."""
+        self.ids.extend(map(int, ids))
+        self._written = max(self._written, self.pos)
+
+    def rewind(self, n: int) -> None:
+        """Forget the last n tokens. ValueError if the ring no longer holds what the tokens before them must see."""
+        pos, window = self.pos - n, self.runtime.config.sliding_window
+        if n < 0 or pos < 0:
+            raise ValueError(f"cannot rewind {n} of {self.pos} tokens")
+        oldest_seen = 0 if window is None else max(0, pos - window + 1)
+        if oldest_seen < self._written - self.cache.slots and pos > 0:
+            raise ValueError(
+                f"cannot rewind {n} tokens: the cache of {self.cache.slots} slots no longer holds position {oldest_seen}"
+            )
+        del self.ids[pos:]
+
+    def reset(self) -> None:
+        """An empty sequence; doses stay, counters start anew."""
+        self.ids.clear()
+        self.moved[:] = 0
+        self._written = 0

@@ -1,0 +1,43 @@
+"""The non-linear functions of the MLP, row by row."""
+
+import numpy as np
+
+from tinydrug.kernels.maths import erf, sigmoid, tanh
+from tinydrug.kernels.tables import my_rows, operation, row, rows_of
+from tinydrug.kernels.vectors import load, store
+
+f4 = np.float32
+
+
+@operation
+def silu_mul(call, op, tid, n):
+    """gate x (T, F), up z (T, F) -> y (T, F): silu(gate) * up."""
+    first, step, me = my_rows(call, op, tid, n)
+    for i in range(first, rows_of(call, op), step):
+        gate, up, y = row(op.x, i, me), row(op.z, i, me), row(op.y, i, me)
+        for j in range(0, 4 * op.width, 64):
+            x = load(gate + j)
+            store(y + j, x * sigmoid(x) * load(up + j))
+
+
+@operation
+def gelu_tanh(call, op, tid, n):
+    """x (T, F) -> y (T, F): x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), GPT-2's gelu_new."""
+    first, step, me = my_rows(call, op, tid, n)
+    for i in range(first, rows_of(call, op), step):
+        source, y = row(op.x, i, me), row(op.y, i, me)
+        for j in range(0, 4 * op.width, 64):
+            x = load(source + j)
+            inner = (x + x * x * x * f4(0.044715)) * f4(0.7978845608)
+            store(y + j, x * f4(0.5) * (tanh(inner) + f4(1.0)))
+
+
+@operation
+def gelu_erf(call, op, tid, n):
+    """x (T, F) -> y (T, F): x/2 (1 + erf(x / sqrt 2)), the exact GELU."""
+    first, step, me = my_rows(call, op, tid, n)
+    for i in range(first, rows_of(call, op), step):
+        source, y = row(op.x, i, me), row(op.y, i, me)
+        for j in range(0, 4 * op.width, 64):
+            x = load(source + j)
+            store(y + j, x * f4(0.5) * (erf(x * f4(0.70710678)) + f4(1.0)))

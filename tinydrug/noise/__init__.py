@@ -1,0 +1,22 @@
+"""Noise as a value: sites, doses, the schedule of a run, and its text, table and file forms."""
+
+from tinydrug.noise.dose import Dose, parse_dose
+from tinydrug.noise.files import load_schedule, save_schedule
+from tinydrug.noise.profile import Profile
+from tinydrug.noise.schedule import SOBER, Schedule
+from tinydrug.noise.sites import SITES, Site
+from tinydrug.noise.where import Depth, Layers
+
+__all__ = [
+    "SITES",
+    "SOBER",
+    "Depth",
+    "Dose",
+    "Layers",
+    "Profile",
+    "Schedule",
+    "Site",
+    "load_schedule",
+    "parse_dose",
+    "save_schedule",
+]

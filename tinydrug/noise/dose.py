@@ -1,0 +1,175 @@
+"""One dose: how much noise of which law enters at one site, and in which layers."""
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinydrug.errors import DrugError
+from tinydrug.noise.checks import at, find, number, read_number, shown, write_number
+from tinydrug.noise.laws import ANGLES, FORMS, KINDS, LAWS, Choice
+from tinydrug.noise.sites import SITES, find_site
+from tinydrug.noise.where import Where, parse_where, where_from_dict
+
+log = logging.getLogger("tinydrug")
+
+HEAD = re.compile(rf"([a-z][a-z0-9])?({'|'.join(SITES)})([a-z])?", re.ASCII | re.IGNORECASE)
+KEYS = ("site", "theta", "layers", "depth", "profile", "mode", *KINDS)
+
+
+@dataclass(frozen=True)
+class Dose:
+    """Noise of at most `theta` radians at `site`, in the layers of `where` (None: all).
+
+    `theta` is one angle, or a tuple with one angle a layer from layer 0 on: layers after it get none, and
+    `where` must be None. `str` gives the text that `parse_dose` reads. Raises DrugError; warns above pi.
+    """
+
+    site: str
+    theta: float | tuple[float, ...]
+    where: Where | None = None
+    law: str = "uniform"
+    form: str = "rotation"
+    angle: str = "uniform"
+
+    def __post_init__(self):
+        object.__setattr__(self, "site", find_site(self.site).letter)
+        object.__setattr__(self, "theta", _checked_theta(self.theta))
+        for kind, registry in KINDS.items():
+            object.__setattr__(self, kind, find(registry, getattr(self, kind), kind))
+        if self.where is not None and not isinstance(self.where, Where):
+            raise DrugError(f"where must be Layers, Depth or Profile, not {shown(self.where)}")
+        if self.where is not None and isinstance(self.theta, tuple):
+            raise DrugError("one theta a layer already says where: drop the layers, depth or profile")
+        if self.peak > math.pi:
+            log.warning("drug %s: %.4g rad is above pi, half a turn", self.head, self.peak)
+
+    @property
+    def peak(self) -> float:
+        """The largest theta any layer can get, in radians."""
+        if isinstance(self.theta, tuple):
+            return max(self.theta)
+        return self.theta * (1.0 if self.where is None else self.where.peak)
+
+    @property
+    def head(self) -> str:
+        """Form, site and angle as the text spells them: V, and with other marks L2pKn."""
+        return f"{FORMS[self.form].mark}{self.site}{ANGLES[self.angle].mark}"
+
+    def thetas(self, n_layers: int, scale: float = 1.0) -> np.ndarray:
+        """Theta of every layer in radians, (L,). Raises DrugError when the dose does not fit the model."""
+        with at(f"drug {shown(str(self))}"), np.errstate(over="ignore", invalid="ignore"):
+            thetas = self._thetas(n_layers) * scale
+            if not (thetas <= np.finfo("f4").max).all():
+                raise DrugError("theta grows beyond what a float32 holds: lower it or the scale")
+            return thetas
+
+    def _thetas(self, n_layers: int) -> np.ndarray:
+        if isinstance(self.theta, tuple):
+            if len(self.theta) > n_layers:
+                raise DrugError(f"gives theta of {len(self.theta)} layers, the model has {n_layers}")
+            return np.pad(self.theta, (0, n_layers - len(self.theta)))
+        if self.where is None:
+            return np.full(n_layers, self.theta)
+        ratios = self.where.ratios(n_layers)  # (L,)
+        if self.peak > 0 and not ratios.any():  # sober output would pass for a result
+            raise DrugError(f"reaches no layer: layer l of this model lies at depth l/{n_layers}")
+        return ratios * self.theta
+
+    def to_dict(self) -> dict:
+        """Plain data with the keys of a drug file; `from_dict` reads it."""
+        theta = list(self.theta) if isinstance(self.theta, tuple) else self.theta
+        where = {} if self.where is None else self.where.to_dict()
+        return {"site": self.site, "theta": theta, **where, **{kind: getattr(self, kind) for kind in KINDS}}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping) -> "Dose":
+        """A dose from the keys of a drug file: site, theta and any other of KEYS. Raises DrugError."""
+        if not isinstance(fields, Mapping):
+            raise DrugError(f"must be a table, not {shown(fields)}")
+        for key in fields:
+            if key not in KEYS:
+                raise DrugError(f"unknown key {shown(key)}: a dose has {', '.join(KEYS)}")
+        for key in ("site", "theta"):
+            if key not in fields:
+                raise DrugError(f"{key} is missing")
+        theta = fields["theta"]
+        if isinstance(theta, str):
+            theta = parse_theta(theta)
+        kinds = {kind: fields[kind] for kind in KINDS if kind in fields}
+        return cls(fields["site"], theta, where_from_dict(fields), **kinds)
+
+    def __str__(self) -> str:
+        if isinstance(self.theta, tuple):
+            theta = "/".join(map(write_number, self.theta))
+            theta += "/" * (len(self.theta) == 1)  # tells layer 0 alone from one theta for all layers
+        else:
+            theta = write_number(self.theta)
+        where = "" if self.where is None else f"@{self.where}"
+        return f"{self.head}:{theta}{where}{LAWS[self.law].mark}"
+
+
+def parse_dose(text: str) -> Dose:
+    """`[L2|NL]SITE[n]:THETA[@WHERE][~LAW]`, for instance V:0.05, pK:3deg@8-15, A:0.1@0.3..0.5.
+
+    THETA is in radians unless it ends in `deg`; angles by slashes (0/0/0.05) are one a layer from layer 0 on.
+    WHERE is layers (8, 8-15, 8-9+20), a depth (0.3..0.5) or a profile (DEPTH:PEAKRATIO/.../MODE).
+    Raises DrugError.
+    """
+    text = text.strip()
+    if not text:
+        raise DrugError("an empty drug: write SITE:THETA, for instance V:0.05")
+    with at(f"drug {shown(text)}"):
+        rest, tilde, law = text.partition("~")
+        rest, at_sign, where = rest.partition("@")
+        head, colon, theta = rest.partition(":")
+        form, site, angle = parse_head(head.strip())
+        if not colon:
+            raise DrugError("theta is missing: write SITE:THETA, for instance V:0.05")
+        where = parse_where(where.strip()) if at_sign else None
+        return Dose(site, parse_theta(theta), where, law if tilde else "uniform", form, angle)
+
+
+def parse_head(head: str) -> tuple[str, str, str]:
+    """`L2pKn` -> the names of form, site and angle. Raises DrugError with what there is."""
+    match = HEAD.fullmatch(head)
+    form, site, angle = match.groups(default="") if match else ("", head, "")
+    site = find_site(site).letter
+    return (
+        _by_mark(FORMS, form, f"there is no form {form!r} before site {site}"),
+        site,
+        _by_mark(ANGLES, angle, f"there is no angle {angle!r} after site {site}"),
+    )
+
+
+def _by_mark(registry: Mapping[str, Choice], mark: str, refusal: str) -> str:
+    for name, choice in registry.items():
+        if choice.mark.lower() == mark.lower():
+            return name
+    known = [f"{name} ({choice.mark or 'no mark'}: {choice.what})" for name, choice in registry.items()]
+    raise DrugError(f"{refusal}, only {', '.join(known)}")
+
+
+def parse_theta(text: str) -> float | tuple[float, ...]:
+    """`0.05`, `3deg`, or angles by slashes, one a layer -> radians. Raises DrugError."""
+    if "/" in text:
+        return tuple(_parse_angle(part) for part in text.strip().removesuffix("/").split("/"))
+    return _parse_angle(text)
+
+
+def _parse_angle(text: str) -> float:
+    text = text.strip()
+    if text.endswith("deg"):
+        return math.radians(read_number(text.removesuffix("deg"), "theta", least=0))
+    return read_number(text, "theta", least=0)
+
+
+def _checked_theta(theta) -> float | tuple[float, ...]:
+    if not isinstance(theta, (tuple, list, np.ndarray)):
+        return number(theta, "theta", least=0)
+    if len(theta) == 0:
+        raise DrugError("theta is an empty list: give one theta a layer")
+    return tuple(number(value, f"theta of layer {i}", least=0) for i, value in enumerate(theta))

@@ -1,0 +1,210 @@
+"""The tokenizer inside a GGUF file: a byte-level BPE vocabulary ("gpt2") or a SentencePiece one ("llama")."""
+
+import logging
+import struct
+from reprlib import repr as short
+
+from tinydrug.errors import BadModelFile, UnsupportedModel
+from tinydrug.text.pretokenizers import PRE_TOKENIZERS
+from tinydrug.text.sentencepiece_backend import AddedToken, SentencePieceBackend
+from tinydrug.text.tokenizer import Tokenizer
+from tinydrug.text.tokenizers_backend import TokenizersBackend
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = (
+    1,
+    2,
+    3,
+    4,
+    6,
+)  # token types, the same in GGUF and SentencePiece
+NAMED = {  # name in templates -> key of its id
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "sep_token": "seperator_token_id",  # spelled so in the format
+    "pad_token": "padding_token_id",
+    "cls_token": "cls_token_id",
+    "mask_token": "mask_token_id",
+}
+# Control tokens that end a turn whatever eos_token_id says: it may be the base model's, and this the chat's.
+TURN_ENDS = (
+    "</s>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+)
+
+logger = logging.getLogger("tinydrug")
+
+
+def gguf_tokenizer(path, metadata: dict, eos_ids: frozenset[int]) -> Tokenizer:
+    """The tokenizer of GGUF metadata; `eos_ids` from elsewhere are added to its own.
+
+    BadModelFile (fields missing or inconsistent), UnsupportedModel (tokenizer model or pre-tokenizer).
+    """
+    fields = _Fields(path, metadata)
+    model = metadata.get("tokenizer.ggml.model")
+    if model not in MODELS:
+        known = ", ".join(MODELS)
+        raise UnsupportedModel(f"{path}: unknown tokenizer.ggml.model {short(model)}: known are {known}")
+    backend, add_bos = MODELS[model](fields)
+    named = {name: token_id for name, key in NAMED.items() if (token_id := fields.token_id(key)) is not None}
+    bos_id, eos_id = named.get("bos_token"), named.get("eos_token")
+    turn_ends = {named.get("eos_token"), fields.token_id("eot_token_id"), fields.token_id("eom_token_id")}
+    turn_ends |= {token_id for token_id in backend.special_ids if fields.tokens[token_id] in TURN_ENDS}
+    return Tokenizer(
+        backend=backend,
+        bos_id=bos_id,
+        eos_ids=eos_ids | (turn_ends - {None}),
+        prefix=(bos_id,) if fields.flag("add_bos_token", add_bos) and bos_id is not None else (),
+        suffix=(eos_id,) if fields.flag("add_eos_token", False) and eos_id is not None else (),
+        special_tokens={name: fields.tokens[token_id] for name, token_id in named.items()},
+        chat_templates=_chat_templates(path, metadata),
+        source=fields.source(),
+    )
+
+
+def _byte_level(fields: "_Fields") -> tuple[TokenizersBackend, bool]:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    name = fields.metadata.get("tokenizer.ggml.pre")
+    if name is None:
+        logger.warning("%s: no tokenizer.ggml.pre: an old file; words may be cut wrongly", fields.path)
+        name = "default"
+    if name not in PRE_TOKENIZERS:
+        known = ", ".join(sorted(PRE_TOKENIZERS))
+        raise UnsupportedModel(f"{fields.path}: unknown tokenizer.ggml.pre {short(name)}: known are {known}")
+    pre = PRE_TOKENIZERS[name]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.array("merges", str)]
+    try:
+        model = models.BPE(vocab=fields.ids, merges=merges, ignore_merges=pre.ignore_merges)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise BadModelFile(fields.path, f"tokenizer.ggml.merges: {error}") from None
+    tokenizer = tokenizers.Tokenizer(model)
+    cuts = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in pre.patterns]
+    alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, alphabet])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [
+            tokenizers.AddedToken(token, normalized=False, special=kind != USER_DEFINED)
+            for token, kind in zip(fields.tokens, fields.types, strict=True)
+            if kind in (CONTROL, UNKNOWN, USER_DEFINED)
+        ]
+    )
+    return TokenizersBackend(tokenizer, fields.path), pre.add_bos
+
+
+def _sentencepiece(fields: "_Fields") -> tuple[SentencePieceBackend, bool]:
+    scores = fields.array("scores", (int, float), len(fields.tokens))
+    unknown = fields.token_id("unknown_token_id") or 0
+    types = [CONTROL if kind == UNKNOWN else kind for kind in fields.types]
+    types[unknown] = UNKNOWN  # SentencePiece wants exactly one
+    proto = sentencepiece_model(fields.tokens, scores, types)
+    added = {
+        token_id: AddedToken(token, special=False)
+        for token_id, (token, kind) in enumerate(zip(fields.tokens, fields.types, strict=True))
+        if kind == USER_DEFINED
+    }
+    prefix_space = fields.flag("add_space_prefix", True)
+    return SentencePieceBackend(proto, fields.path, added=added, prefix_space=prefix_space), True
+
+
+def sentencepiece_model(tokens, scores, types, remove_extra_whitespaces: bool = False) -> bytes:
+    """A SentencePiece BPE model (sentencepiece_model.proto, ModelProto) that normalizes nothing."""
+    model = bytearray()
+    for token, score, kind in zip(tokens, scores, types, strict=True):
+        text = token.encode()
+        piece = _bytes(1, text) + struct.pack("<Bf", 2 << 3 | 5, score) + _number(3, kind)
+        model += _bytes(1, piece)
+    byte_fallback = list(types).count(BYTE) == 256  # sentencepiece wants all or none
+    trainer = _number(3, 2) + _number(35, byte_fallback)  # model_type BPE
+    normalizer = _bytes(1, b"identity") + _number(3, True) + _number(4, remove_extra_whitespaces)
+    return bytes(model + _bytes(2, trainer) + _bytes(3, normalizer))
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _chat_templates(path, metadata: dict) -> dict[str, str]:
+    """Name -> template: tokenizer.chat_template is "default", tokenizer.chat_template.NAME are the others."""
+    key = "tokenizer.chat_template"
+    found = {"default": metadata[key]} if key in metadata else {}
+    found |= {name[len(key) + 1 :]: metadata[name] for name in metadata if name.startswith(key + ".")}
+    for name, template in found.items():
+        if not isinstance(template, str):
+            raise BadModelFile(path, f"{key} {name}: not a text")
+    return found
+
+
+class _Fields:
+    """The tokenizer.ggml fields of a file, checked as they are asked for."""
+
+    def __init__(self, path, metadata: dict):
+        self.path, self.metadata = path, metadata
+        self.tokens = self.array("tokens", str)
+        self.ids = {token: token_id for token_id, token in enumerate(self.tokens)}
+        if len(self.ids) != len(self.tokens):
+            twice = next(token for token_id, token in enumerate(self.tokens) if self.ids[token] != token_id)
+            raise BadModelFile(path, f"tokenizer.ggml.tokens: {short(twice)} stands twice")
+        self.types = [NORMAL] * len(self.tokens)
+        if "tokenizer.ggml.token_type" in metadata:
+            self.types = self.array("token_type", int, len(self.tokens))
+        if not {*self.types} <= {*range(BYTE + 1)}:
+            raise BadModelFile(
+                path, f"tokenizer.ggml.token_type: types are 0 to {BYTE}, got {max(self.types)}"
+            )
+
+    def array(self, key: str, kind, length: int | None = None) -> list:
+        """A list of values of one kind, of this length."""
+        value = self.metadata.get(f"tokenizer.ggml.{key}")
+        if not isinstance(value, list) or not {*map(type, value)} <= {
+            *(kind if isinstance(kind, tuple) else (kind,))
+        }:
+            raise BadModelFile(self.path, f"tokenizer.ggml.{key}: missing, or not the list that it should be")
+        if length is not None and len(value) != length:
+            raise BadModelFile(self.path, f"tokenizer.ggml.{key}: {len(value)} values for {length} tokens")
+        return value
+
+    def token_id(self, key: str) -> int | None:
+        """The id of a named token, None if the file names none."""
+        value = self.metadata.get(f"tokenizer.ggml.{key}")
+        if value is not None and not (type(value) is int and 0 <= value < len(self.tokens)):
+            raise BadModelFile(
+                self.path, f"tokenizer.ggml.{key}: {short(value)} is no id of {len(self.tokens)} tokens"
+            )
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A boolean field."""
+        value = self.metadata.get(f"tokenizer.ggml.{key}", default)
+        if type(value) is not bool:
+            raise BadModelFile(self.path, f"tokenizer.ggml.{key}: expected true or false, got {short(value)}")
+        return value
+
+    def source(self) -> list:
+        """Everything that the vocabulary is made of."""
+        keys = ("model", "pre", "add_space_prefix", "tokens", "merges", "scores", "token_type")
+        return [self.metadata.get(f"tokenizer.ggml.{key}") for key in keys]
+
+
+MODELS = {"gpt2": _byte_level, "llama": _sentencepiece}

@@ -1,0 +1,87 @@
+"""The back end for tokenizer.json and for byte-level GGUF vocabularies: Hugging Face's tokenizers library."""
+
+import json
+import re
+import threading
+
+from tinydrug.errors import UnsupportedModel
+
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+STAGES = ("Replace", "ByteFallback", "Fuse", "Strip")
+
+
+class TokenizersBackend:
+    """A `tokenizers.Tokenizer`; `source` names it in messages. UnsupportedModel for an unknown decoder."""
+
+    def __init__(self, tokenizer, source):
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self.size = tokenizer.get_vocab_size()
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._read_decoder(source)
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Ids without BOS or EOS; `special`: the text of special tokens inside is recognised."""
+        with self._lock:  # a switch of the shared tokenizer
+            self._tokenizer.encode_special_tokens = not special
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling, None for an id that it does not have."""
+        return self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its spelling."""
+        return self._tokenizer.token_to_id(token)
+
+    def piece(self, token_id: int) -> str | bytes:
+        """What an id adds to a text: text, or bytes that may be part of a character. Unknown ids: nothing."""
+        token = self.token(token_id) or ""
+        if self.byte_level:
+            try:
+                return bytes(self._byte_of[char] for char in token)
+            except KeyError:  # an added token, written as it is
+                return token.encode()
+        for old, new in self._replacements:
+            token = token.replace(old, new)
+        if self._byte_fallback and (byte := BYTE_TOKEN.fullmatch(token)):
+            return bytes.fromhex(byte[1])
+        return token
+
+    def _read_decoder(self, source) -> None:
+        """How ids become text: by byte-level BPE's alphabet, or as Llama's SentencePiece vocabularies do."""
+        decoder = self._tokenizer.decoder
+        state = json.loads(decoder.__getstate__()) if decoder is not None else {"type": None}
+        stages = state["decoders"] if state["type"] == "Sequence" else [state]
+        kinds = [stage["type"] for stage in stages]
+        self.byte_level = kinds == ["ByteLevel"]
+        self._byte_of = {char: byte for byte, char in enumerate(byte_alphabet())} if self.byte_level else {}
+        self._replacements, self.strip = [], 0
+        self._byte_fallback = "ByteFallback" in kinds
+        supported = self.byte_level or (
+            all(kind in STAGES for kind in kinds)
+            and kinds == sorted(kinds, key=STAGES.index)
+            and "Fuse" in kinds
+        )
+        for stage in stages:
+            if stage["type"] == "Replace":
+                supported = supported and "String" in stage["pattern"]
+                self._replacements.append((stage["pattern"].get("String"), stage["content"]))
+            if stage["type"] == "Strip":
+                supported = supported and stage["content"] == " " and stage["stop"] == 0
+                self.strip = stage["start"]
+        if not supported:
+            raise UnsupportedModel(
+                f"{source}: unknown kind of decoder {', '.join(map(str, kinds))}: "
+                f"known are ByteLevel and a Sequence of {', '.join(STAGES)}"
+            )
+
+
+def byte_alphabet() -> str:
+    """The 256 printable characters that stand for bytes in byte-level BPE (GPT-2's bytes_to_unicode)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
