@@ -1,5 +1,6 @@
-"""A model hub and a package index on loopback: just what huggingface_hub and pip ask for, and ways to fail."""
+"""A model hub and a package index on loopback: what huggingface_hub and pip ask for, and ways to fail."""
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -10,11 +11,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub:
-    """`with FakeHub() as hub:` serves `hub.repos` {id: {file: bytes}} and `hub.wheels` {file: bytes} at `hub.url`.
+    """`with FakeHub() as hub:` serves `repos` {id: {file: bytes}} and `wheels` {file: bytes} at `url`.
 
-    `hub.faults` {file: fault} spoils the GET of a file: "stall" sends half of it and waits for `hub.release`, "cut"
-    (once) sends half and hangs up, a number is an HTTP status. `hub.gated` and `hub.sizes` {file: claimed bytes}
-    do as they say. `hub.log` has every request as "METHOD /path", `hub.tokens` the bearer tokens seen.
+    `faults` {file: fault} spoils the GET of a file: "stall" sends half of it, sets `stalled` and waits for
+    `release`; "cut" sends half and hangs up, once; a number is an HTTP status. Who wants a repository in `gated`
+    is refused; `sizes` {file: bytes} is what the hub claims. `log` has every request as "METHOD /path".
     """
 
     def __init__(self):
@@ -118,22 +119,23 @@ class FakeHub:
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         sent = data[start:]
-        if fault is None:
-            return self.send(request, 206 if start else 200, sent, headers)
-        self.send(request, 206 if start else 200, sent[: len(sent) // 2], headers, claimed=len(sent))
-        if fault == "cut":
-            del self.faults[name]
-        else:
+        half = None if fault is None else len(sent) // 2
+        self.send(request, 206 if start else 200, sent, headers, half)
+        if fault == "stall":
             self.stalled.set()
             self.release.wait(60)
-        request.close_connection = True
+            with contextlib.suppress(ConnectionError):  # the client may be gone: that is what is tested
+                request.wfile.write(sent[half:])
+        elif fault == "cut":
+            del self.faults[name]
+            request.close_connection = True
 
-    def send(self, request, status: int, body: bytes = b"", headers=None, claimed: int | None = None) -> None:
+    def send(self, request, status: int, body: bytes = b"", headers=None, half: int | None = None) -> None:
+        """Answer with `body`, or with the first `half` bytes of it."""
         request.send_response(status)
         for name, value in (headers or {}).items():
             request.send_header(name, value)
-        request.send_header("Content-Length", str(len(body) if claimed is None else claimed))
+        request.send_header("Content-Length", str(len(body)))
         request.end_headers()
         if request.command == "GET":
-            request.wfile.write(body)
-            request.wfile.flush()
+            request.wfile.write(body[:half])

@@ -41,10 +41,9 @@ gb = 14.5
 
 @pytest.fixture(autouse=True)
 def world(tmp_path, monkeypatch):
-    """An own home, Hugging Face cache and working folder, two known names, and none of the user's settings."""
-    for name in [
-        name for name in os.environ if name.startswith(("HF_", "HUGGINGFACE", "XDG_", "TRANSFORMERS_"))
-    ]:
+    """Own home, Hugging Face cache and working folder, two known names, and none of the user's settings."""
+    foreign = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_")
+    for name in [name for name in os.environ if name.startswith(foreign)]:
         monkeypatch.delenv(name)
     for name, folder in {"HOME": "user", "TINYDRUG_HOME": "home", "HF_HOME": "hf"}.items():
         monkeypatch.setenv(name, str(tmp_path / folder))
@@ -303,7 +302,6 @@ def test_good_names(name):
     [
         "",
         "../secret",
-        "..",
         "a..b",
         ".secret",
         "-secret",
@@ -330,9 +328,7 @@ def test_good_names(name):
     ],
 )
 def test_bad_names_are_looked_for_as_paths_only(world, name):
-    put(world / "secret", WHOLE)  # which home()/../secret is, and here/../secret must not be reached through
-    if os.path.exists(name):
-        os.chdir(world / "home" / "..")
+    put(world / "secret", WHOLE)  # home()/../secret
     os.chdir(put(world / "here" / "deeper", {}))
     with pytest.raises(ModelNotFound) as caught:
         resolve(name, pull=True)
@@ -374,14 +370,8 @@ def test_the_package_carries_the_table_of_the_checkout(ours):
 
 
 def test_every_row_of_the_table(ours):
-    assert {
-        "smollm2-135m",
-        "mistral-7b",
-        "mistral-7b-instruct",
-        "llama-2-7b",
-        "tinyllama-1.1b",
-        "gpt2",
-    } <= set(ours.models)
+    promised = {"smollm2-135m", "mistral-7b", "mistral-7b-instruct", "llama-2-7b", "tinyllama-1.1b", "gpt2"}
+    assert promised | {"gpt2-medium"} <= set(ours.models)
     assert ours.default == "smollm2-135m"
     for name, model in ours.models.items():
         assert NAME.fullmatch(name) and model.license and model.note and 0 < model.gb < 20
@@ -394,12 +384,8 @@ def test_every_row_of_the_table(ours):
 
 def test_own_rows_add_to_the_table_and_override_it(world, monkeypatch):
     put(world / "site-packages" / "tinydrug" / "hub", {"models.toml": TABLE.encode()})
-    put(
-        home(),
-        {
-            "models.toml": b'[models.big]\nrepo = "me/big"\n[models."new-1.5"]\nrepo = "me/new"\nrevision = "v2"'
-        },
-    )
+    own = '[models.big]\nrepo = "me/big"\n[models."new-1.5"]\nrepo = "me/new"\nrevision = "v2"\n'
+    put(home(), {"models.toml": own.encode()})
     both = table.read_table()
     assert list(both.models) == ["small", "big", "new-1.5"] and both.default == "small"
     assert both.models["big"].source == table.Repo("me/big") and both.path == home() / "models.toml"
@@ -534,7 +520,7 @@ MISSES = {
 @pytest.mark.parametrize("case", MISSES)
 def test_a_miss_lists_every_place_and_the_remedy(world, monkeypatch, case):
     (name, options), expected = MISSES[case]
-    for variable in options.pop("environment", ()) if "environment" in options else ():
+    for variable in options.get("environment", ()):
         monkeypatch.setenv(variable, "1")
     if missing := options.get("without"):
         monkeypatch.setitem(sys.modules, missing, None)

@@ -1,7 +1,7 @@
 """The errors a caller can meet: one small typed tree, each with the fields that name what is wrong.
 
-Every message is one line that names the file, tensor, field or flag and says what to do. `exit_status` is what the
-command exits with: 2 for bad input, 1 for a failure at run time.
+Every message is one line that names the file, tensor, field or flag and says what to do. `exit_status` is
+what the command exits with: 2 for bad input, 1 for a failure at run time.
 """
 
 

@@ -1,4 +1,5 @@
-"""The ring-buffer key-value cache of one sequence: position p lies in slot p mod S, for every layer and kv head."""
+"""The ring-buffer key-value cache of one sequence: position p lies in slot p mod S, for every layer and kv
+head."""
 
 import numpy as np
 
@@ -13,15 +14,17 @@ CELLS = {"f16": np.float16, "f32": np.float32}
 def slots_needed(n_ctx: int, window: int | None, chunk: int, rewind: int) -> int:
     """S, a multiple of the attention block.
 
-    Without a window every position stays. With one, a chunk of T tokens is written before its first token looks back
-    window - 1 positions, and a rewind of n tokens must find what the first of them saw: window + max(chunk, rewind) - 1.
-    For example window 4, chunk 3: positions 7, 8, 9 are written while 7 still sees 4: 4..9 are 6 = 4 + 3 - 1 slots."""
+    Without a window every position stays. With one, a chunk of T tokens is written before its first token
+    looks back window - 1 positions, and a rewind of n tokens must find what the first of them saw: window
+    + max(chunk, rewind) - 1. For example window 4, chunk 3: positions 7, 8, 9 are written while 7 still
+    sees 4: 4..9 are 6 = 4 + 3 - 1 slots."""
     needed = n_ctx if window is None else min(n_ctx, window + max(chunk, rewind) - 1)
     return padded(needed, BLOCK)
 
 
 class RingCache:
-    """keys (L, G, S/16, d, 16) and values (L, G, S, d), d padded. Pages of memory are taken as positions are written."""
+    """keys (L, G, S/16, d, 16) and values (L, G, S, d), d padded. Pages of memory are taken as positions are
+    written."""
 
     def __init__(self, config: Config, slots: int, cell: str):
         L, G, d = config.n_layers, config.n_kv_heads, padded(config.head_dim)

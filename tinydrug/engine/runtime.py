@@ -1,4 +1,5 @@
-"""A loaded model that runs: its program with memory behind it, and one forward pass over tokens of many sequences."""
+"""A loaded model that runs: its program with memory behind it, and one forward pass over tokens of many
+sequences."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -23,8 +24,8 @@ TILE = 8  # rows a linear tile may reach past the last token
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive new tokens of one session in a step: all drugged or all sober; `outputs` asks for logits of the last
-    so many of them."""
+    """Consecutive new tokens of one session in a step: all drugged or all sober; `outputs` asks for logits of
+    the last so many of them."""
 
     session: "object"
     ids: Sequence[int]
@@ -35,8 +36,19 @@ class Part:
 class Runtime:
     """The weights, the program and the threads of one model. One step at a time: `step` holds a lock."""
 
-    def __init__(self, config: Config, weights: Weights, architecture: ModuleType, *, threads: int, n_ctx: int,
-                 cell: str = "f16", chunk: int = 512, rewind: int = 0, progress: Callable[[float], None] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        config: Config,
+        weights: Weights,
+        architecture: ModuleType,
+        *,
+        threads: int,
+        n_ctx: int,
+        cell: str = "f16",
+        chunk: int = 512,
+        rewind: int = 0,
+        progress: Callable[[float], None] | None = None,
+    ):
         self.config, self.weights, self.n_ctx, self.cell, self.chunk = config, weights, n_ctx, cell, chunk
         self.slots = slots_needed(n_ctx, config.sliding_window, chunk, rewind)
         self._lock = threading.Lock()
@@ -51,8 +63,13 @@ class Runtime:
         self._team = Team(self._call, threads)
         d = padded(config.head_dim)
         widest = max(config.hidden_size, d)
-        self._scratch = aligned((threads, padded(4 * widest + 1024 + 4 * 32 * d + 3 * partial_bytes(d) + 8192, 4096)), np.uint8)
-        self._call["scratch"], self._call["scratch_stride"] = self._scratch.ctypes.data, self._scratch.strides[0]
+        self._scratch = aligned(
+            (threads, padded(4 * widest + 1024 + 4 * 32 * d + 3 * partial_bytes(d) + 8192, 4096)), np.uint8
+        )
+        self._call["scratch"], self._call["scratch_stride"] = (
+            self._scratch.ctypes.data,
+            self._scratch.strides[0],
+        )
         self._reserve_outputs(8)
         self._reserve_spans(1)
 
@@ -64,7 +81,8 @@ class Runtime:
         return RingCache(self.config, self.slots, self.cell)
 
     def step(self, parts: Sequence[Part]) -> np.ndarray:
-        """Feed the parts, at most `chunk` tokens together -> logits (outputs, V) of the tokens asked for, in order.
+        """Feed the parts, at most `chunk` tokens together -> logits (outputs, V) of the tokens asked for, in
+        order.
 
         The result is a view that the next step overwrites. Sessions are advanced."""
         with self._lock:
@@ -98,8 +116,9 @@ class Runtime:
             start = session.pos + ahead.get(id(session), 0)
             ahead[id(session)] = ahead.get(id(session), 0) + n
             doses = session.doses if part.drugged else self.sober
-            self._spans[s] = (t, n, session.cache.keys.ctypes.data, session.cache.values.ctypes.data, self.slots,
-                              doses.ctypes.data, session.noise_seed, session.schedule.sink, session.moved.ctypes.data)  # fmt: skip
+            keys, values = session.cache.keys.ctypes.data, session.cache.values.ctypes.data
+            noise = doses.ctypes.data, session.noise_seed, session.schedule.sink, session.moved.ctypes.data
+            self._spans[s] = t, n, keys, values, self.slots, *noise
             rows = tokens[t : t + n]
             rows["span"], rows["position"], rows["id"] = s, np.arange(start, start + n), part.ids
             rows["output"] = -1
@@ -132,7 +151,10 @@ class Runtime:
         self._part_counts = aligned(tiles, np.int64)
         self._spans = SPAN.rows(count)
         self._call["spans"] = self._spans.ctypes.data
-        self._call["parts"], self._call["part_counts"] = self._parts.ctypes.data, self._part_counts.ctypes.data
+        self._call["parts"], self._call["part_counts"] = (
+            self._parts.ctypes.data,
+            self._part_counts.ctypes.data,
+        )
 
     def _reserve_outputs(self, count):
         """Memory for every value of the program, with room for the logits of so many tokens."""

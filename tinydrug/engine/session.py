@@ -12,7 +12,8 @@ from tinydrug.noise import SITES, SOBER, Schedule
 
 
 class Session:
-    """A sequence being read and written. Sessions of one runtime may be used from any thread, one call at a time each."""
+    """A sequence being read and written. Sessions of one runtime may be used from any thread, one call at a
+    time each."""
 
     def __init__(self, runtime: Runtime, schedule: Schedule = SOBER, noise_seed: int = 0):
         self.runtime = runtime
@@ -28,7 +29,8 @@ class Session:
         return len(self.ids)
 
     def dose(self, schedule: Schedule, noise_seed: int | None = None) -> None:
-        """Use this schedule from now on; its own seed wins over noise_seed. DrugError if it does not fit the model."""
+        """Use this schedule from now on; its own seed wins over noise_seed. DrugError if it does not fit the
+        model."""
         self.doses = dose_table(schedule, self.runtime.config.n_layers, self.runtime.cell)
         self.schedule = schedule
         if schedule.seed is not None:
@@ -40,7 +42,9 @@ class Session:
         """PromptError or ContextOverflow if these tokens cannot be fed now."""
         for token in ids:
             if not 0 <= token < self.runtime.config.vocab_size:
-                raise PromptError(f"token id {token} is not between 0 and {self.runtime.config.vocab_size - 1}")
+                raise PromptError(
+                    f"token id {token} is not between 0 and {self.runtime.config.vocab_size - 1}"
+                )
         if self.pos + len(ids) > self.runtime.n_ctx:
             raise ContextOverflow(self.pos + len(ids), self.runtime.n_ctx)
 
@@ -67,16 +71,29 @@ class Session:
         self._written = max(self._written, self.pos)
 
     def rewind(self, n: int) -> None:
-        """Forget the last n tokens. ValueError if the ring no longer holds what the tokens before them must see."""
+        """Forget the last n tokens. ValueError if the ring no longer holds what the tokens before them must
+        see."""
         pos, window = self.pos - n, self.runtime.config.sliding_window
         if n < 0 or pos < 0:
             raise ValueError(f"cannot rewind {n} of {self.pos} tokens")
         oldest_seen = 0 if window is None else max(0, pos - window + 1)
         if oldest_seen < self._written - self.cache.slots and pos > 0:
             raise ValueError(
-                f"cannot rewind {n} tokens: the cache of {self.cache.slots} slots no longer holds position {oldest_seen}"
+                f"cannot rewind {n} tokens: a cache of {self.cache.slots} slots has lost position {oldest_seen}"
             )
         del self.ids[pos:]
+
+    def shift(self, keep: int) -> None:
+        """Make room in a full context: keep the first `keep` tokens and the later half of the rest, and read
+        them again.
+
+        They are fed anew, without noise, at their new positions: the same state as a prompt of those
+        tokens gives."""
+        keep = min(keep, self.pos)
+        kept = self.ids[:keep] + self.ids[keep + (self.pos - keep + 1) // 2 :]
+        self.ids, self._written = [], 0
+        if kept:
+            self.feed(kept)
 
     def reset(self) -> None:
         """An empty sequence; doses stay, counters start anew."""

@@ -28,5 +28,7 @@ def check_threads(threads: int | None) -> int:
     if threads is None:
         return limit
     if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= limit:
-        raise ConfigError(f"--threads: {threads} is not between 1 and the {limit} cores this process may use", "threads")
+        raise ConfigError(
+            f"--threads: {threads} is not between 1 and the {limit} cores this process may use", "threads"
+        )
     return threads

@@ -1,7 +1,7 @@
 """The shape of a model: one small frozen dataclass, and typed reading of the JSON it comes from.
 
-The letters of shape comments everywhere: T tokens of this call, S cache slots, L layers, V vocabulary, D hidden size,
-F MLP size, H query heads, G key/value heads (G divides H), d head width.
+The letters of shape comments everywhere: T tokens of this call, S cache slots, L layers, V vocabulary, D
+hidden size, F MLP size, H query heads, G key/value heads (G divides H), d head width.
 """
 
 from dataclasses import dataclass, field
@@ -41,7 +41,8 @@ class Config:
 
 
 class Fields:
-    """config.json as Hugging Face wrote it, in version 4 or 5 spelling, read field by field with types checked."""
+    """config.json as Hugging Face wrote it, in version 4 or 5 spelling, read field by field with types
+    checked."""
 
     def __init__(self, raw: dict, path):
         self.raw, self.path = raw, path

@@ -1,4 +1,5 @@
-"""From the tensors of a checkpoint to the rows of the weight table: what a model needs, checked, then packed in panels."""
+"""From the tensors of a checkpoint to the rows of the weight table: what a model needs, checked, then packed
+in panels."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinydrug.errors import BadModelFile, ConfigError, UnsupportedModel
+from tinydrug.errors import BadModelFile, ConfigError
 from tinydrug.formats.tensor import Tensor
 from tinydrug.kernels.memory import aligned
 from tinydrug.kernels.pack import FORMATS, PACKERS, SOURCE
@@ -30,14 +31,15 @@ def padded(size: int, to: int = PAD) -> int:
 class Need:
     """One matrix or vector of a model: which tensor it comes from, in which shape, and how it is laid out.
 
-    Heads are padded: a head of width d becomes two halves of padded(d) / 2, so that rotary pairs lie at a fixed distance."""
+    Heads are padded: a head of width d becomes two halves of padded(d) / 2, so that rotary pairs lie at a
+    fixed distance."""
 
     source: str  # tensor name
     shape: tuple[int, ...]  # of the tensor in the file
     role: str = "matrix"  # matrix (panels) | vector | table (plain float rows)
     bias: str | None = None  # tensor name
     transposed: bool = False  # the file has (in, out): GPT-2's Conv1D
-    columns: slice | None = None  # of the output rows, which part (GPT-2's fused q, k, v)
+    columns: tuple[int, int] | None = None  # of the output rows, which part (GPT-2's fused q, k, v)
     out_head: int | None = None  # output rows are heads of this width,
     in_head: int | None = None  # input columns are
     interleaved: bool = False  # output rows of a head hold rotary pairs side by side (GGUF), not in halves
@@ -88,9 +90,12 @@ class Weights:
         self._by_name: dict[str, Weight] = {}
         self._threads = threads
         total, done = sum(tensors[need.source].data.nbytes for need in needs.values()) or 1, 0
+        loaded: dict[Need, Weight] = {}  # a tied head is the embedding
         with ThreadPoolExecutor(threads) as pool:
             for row, (name, need) in enumerate(needs.items()):
-                self._by_name[name] = self._load(pool, row, need, tensors)
+                if need not in loaded:
+                    loaded[need] = self._load(pool, row, need, tensors)
+                self._by_name[name] = loaded[need]
                 done += tensors[need.source].data.nbytes
                 if progress:
                     progress(done / total)
@@ -137,20 +142,14 @@ class Weights:
         return Weight(row, "f32", n, padded(k))
 
     def _matrix(self, pool, row, need, tensor) -> Weight:
-        wanted = QUANTS[self.quant][need.fine]
         columns = tensor.shape[0] if need.transposed else tensor.shape[1]
-        group, padded_group = columns, padded(columns)
-        if need.in_head:
-            group, padded_group = need.in_head // 2, padded(need.in_head) // 2
+        group = need.in_head // 2 if need.in_head else columns
+        padded_group = padded(need.in_head) // 2 if need.in_head else padded(columns)
         k = columns // group * padded_group
+        format_, through_floats = _format(need, tensor, self.quant)
         kind, data = tensor.kind, tensor.data
-        format_ = wanted or (kind if kind in FORMATS else "f32")
-        blocks_move = kind not in _ELEMENT and group != padded_group and columns != group
-        if (kind, format_) not in PACKERS or (blocks_move and kind == format_):
-            # A type without a kernel of its own, or blocks that padding would tear apart: exactly dequantised.
-            values = tensor.float32()
-            kind, data = "f32", np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-            format_ = wanted or "f32"
+        if through_floats:
+            kind, data = "f32", np.ascontiguousarray(tensor.float32()).reshape(-1).view(np.uint8)
         layout = FORMATS[format_]
         available = tensor.shape[1] if need.transposed else tensor.shape[0]
         rows = _row_map(need, available)
@@ -188,7 +187,7 @@ def _row_map(need: Need, available: int) -> np.ndarray:
     """The tensor row of each output row, -1 for padding: heads put in padded halves, parts cut out."""
     rows = np.arange(available)
     if need.columns is not None:
-        rows = rows[need.columns]
+        rows = rows[slice(*need.columns)]
     if need.out_head:
         d, half = need.out_head, padded(need.out_head) // 2
         heads = rows.reshape(-1, d)
@@ -203,7 +202,24 @@ def _row_map(need: Need, available: int) -> np.ndarray:
     return rows
 
 
-def supported(tensor: Tensor) -> None:
-    """Refuse a tensor whose type cannot become weights."""
-    if tensor.kind not in FORMATS and tensor.kind.startswith(("i", "u", "bool", "f8")):
-        raise UnsupportedModel(f"{tensor.path}: tensor {tensor.name} is {tensor.kind}")
+def _format(need: Need, tensor: Tensor, quant: str) -> tuple[str, bool]:
+    """The format a matrix is packed in, and whether its values must go through floats first: a type without a
+    packer of its own, or blocks that padding would tear apart. Then, unless a quantisation is asked for,
+    it stays exact: f32."""
+    wanted = QUANTS[quant][need.fine]
+    format_ = wanted or (tensor.kind if tensor.kind in FORMATS else "f32")
+    torn = tensor.kind not in _ELEMENT and need.in_head is not None and need.in_head % PAD != 0
+    if (tensor.kind, format_) in PACKERS and not torn:
+        return format_, False
+    return wanted or "f32", True
+
+
+def packed_bytes(need: Need, tensor: Tensor, quant: str) -> int:
+    """Bytes of memory a tensor will take (padding of heads aside)."""
+    if need.role != "matrix":
+        return 4 * math.prod(need.shape)
+    layout = FORMATS[_format(need, tensor, quant)[0]]
+    n, k = need.shape[::-1] if need.transposed else need.shape
+    if need.columns:
+        n = need.columns[1] - need.columns[0]
+    return padded(n, PANEL) // PANEL * padded(k) // PAD * (layout.panel_bytes + layout.scale_bytes)

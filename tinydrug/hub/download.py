@@ -139,24 +139,36 @@ def _explained(error: Exception, repo: str, revision: str) -> TinydrugError:
     """One of our errors for one of the library's, in one line that says what to do."""
     from huggingface_hub import errors
 
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # "cannot be found in the cache either" hides what went wrong
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-    number = getattr(error, "errno", None)
-    if isinstance(error, errors.GatedRepoError):
+    # What went wrong may lie below "nor is it in the cache" and the layers of an HTTP library.
+    chain: list[BaseException] = [error]
+    while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(deeper)
+
+    def is_a(kind: type) -> bool:
+        return any(isinstance(link, kind) for link in chain)
+
+    if is_a(errors.GatedRepoError):
         return DownloadError(f"{repo} is gated: accept its licence on its page at {_hub()} and set HF_TOKEN")
-    if isinstance(error, errors.RevisionNotFoundError):
+    if is_a(errors.RevisionNotFoundError):
         return ModelNotFound(f"{_hub()}, which has no revision {revision} of {repo}", repo)
-    if isinstance(error, errors.RepositoryNotFoundError):
+    if is_a(errors.RepositoryNotFoundError):
         return ModelNotFound(f"{_hub()}, which has no {repo}, or keeps it private (set HF_TOKEN)", repo)
-    if status in (401, 403):
-        return DownloadError(f"{_hub()} refuses {repo} ({status}): check HF_TOKEN")
-    if status is not None:
+    responses = [link.response for link in chain if getattr(link, "response", None) is not None]
+    if responses:
+        status = responses[0].status_code
+        if status in (401, 403):
+            return DownloadError(f"{_hub()} refuses {repo} ({status}): check HF_TOKEN")
         return DownloadError(f"{_hub()} answered {status} for {repo}: try again later")
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason:
+    full = any(getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for link in chain)
+    if full or "No space left" in str(error):  # the latter from its downloader in Rust
         return _disk_full(f"the download of {repo} stopped")
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         folder = cache.hub_cache()
-        return DownloadError(f"cannot write to {folder}: {reason}; set HF_HUB_CACHE to another folder")
+        return DownloadError(f"cannot write to {folder}: {_line(error)}; set HF_HUB_CACHE to another folder")
+    reason = _line(chain[-1])
     return DownloadError(f"cannot get {repo} from {_hub()}: {reason}; check the network and run it again")
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

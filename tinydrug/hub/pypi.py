@@ -126,6 +126,8 @@ def _download(wheel: Wheel, partial: Path, bars: bool) -> Path:
     if ran.returncode or len(files) != 1:
         said = [line.removeprefix("ERROR: ") for line in ran.stderr.splitlines() if line.startswith("ERROR:")]
         reason = said[-1] if said else f"exit status {ran.returncode}"
+        if "Retrying (" in ran.stderr:  # pip then says that there is no such version, which is not the point
+            reason = "no connection to the package index"
         raise DownloadError(
             f"pip cannot get {wheel}: {reason}; check the network and pip's index, run it again"
         )

@@ -1,1 +1,2 @@
-"""Everything that runs compiled: vector types, the thread team, and one file an operation. Numba lives here and nowhere else."""
+"""Everything that runs compiled: vector types, the thread team, and one file an operation. Numba lives here
+and nowhere else."""

@@ -1,8 +1,9 @@
 """Grouped-query attention over the ring-buffer cache, with noise drawn in keys and values as they are read.
 
-Work is cut into tiles of up to 8 query rows (token, head) that share a kv head. A tile goes over absolute chunks of 256
-positions, each giving a partial softmax, merged in order of position: so the chunks of one token can be computed by
-different threads, and no bit depends on who computed what. Threads claim units from one counter.
+Work is cut into tiles of up to 8 query rows (token, head) that share a kv head. A tile goes over absolute
+chunks of 256 positions, each giving a partial softmax, merged in order of position: so the chunks of one
+token can be computed by different threads, and no bit depends on who computed what. Threads claim units
+from one counter.
 
 A partial result at an address: row maxima [16 f32], row sums [16 f32], outputs [8][d] f32.
 """
@@ -94,8 +95,8 @@ def _attend(name, load_cell, cell):
     def chunk(zeros, op, span, doses, g, first, last, step, noisy, q, positions, part, scratch):
         """The partial softmax of a tile over positions first .. last (first a multiple of 64) of one kv head.
 
-        A masked position adds an exact zero. Scratch: scores [8][64], decays [16], noisy values [16][d], and 1 KiB for
-        the noise kernels."""
+        A masked position adds an exact zero. Scratch: scores [8][64], decays [16], noisy values [16][d],
+        and 1 KiB for the noise kernels."""
         d = op.head_dim
         scores, decays = scratch, scratch + 2048
         for_noise, noisy_values = scratch + 2112, scratch + 3136
@@ -110,7 +111,16 @@ def _attend(name, load_cell, cell):
                 keys = key_address(span, op, g, slot + 16 * j)
                 if noisy_k:
                     call_scores(
-                        dose_k.scores, op, dose_k, keys, q, tile_rows(zeros), start + 16 * j, key_k, span.sink, scores + 64 * j
+                        dose_k.scores,
+                        op,
+                        dose_k,
+                        keys,
+                        q,
+                        tile_rows(zeros),
+                        start + 16 * j,
+                        key_k,
+                        span.sink,
+                        scores + 64 * j,
                     )
                 else:
                     s = zeros
@@ -147,7 +157,15 @@ def _attend(name, load_cell, cell):
                 for j in range(groups):
                     values = value_address(span, op, g, slot + 16 * j)
                     call_values(
-                        dose_v.values, op, dose_v, values, start + 16 * j, key_v, span.sink, noisy_values, for_noise
+                        dose_v.values,
+                        op,
+                        dose_v,
+                        values,
+                        start + 16 * j,
+                        key_v,
+                        span.sink,
+                        noisy_values,
+                        for_noise,
                     )
                     for c in range(0, d, 16):
                         o = tile_load(zeros, part + 128 + 4 * c, 4 * d)
@@ -178,7 +196,9 @@ def _attend(name, load_cell, cell):
             span = call.spans[s]
             doses = span.doses[op.layer * call.sites]
             noisy = doses[op.site].theta > 0.0 or doses[op.value_site].theta > 0.0
-            size = min(ROWS, group) if noisy else ROWS  # under noise a tile holds one token: each has its own noise
+            size = (
+                min(ROWS, group) if noisy else ROWS
+            )  # under noise a tile holds one token: each has its own noise
             per_token = (group + size - 1) // size
             tiles = span.count * per_token if noisy else (span.count * group + ROWS - 1) // ROWS
             last = call.tokens[span.first + span.count - 1].position
@@ -211,11 +231,17 @@ def _attend(name, load_cell, cell):
                         part = call.parts + partial_bytes(d) * (parts_passed + u)
                     start, end = at * CHUNK, min(high, (at + 1) * CHUNK - 1)
                     if rows == 1:
-                        chunk(tile1(), op, span, doses, g, start, end, low, noisy, q, positions, part, scratch)
+                        chunk(
+                            tile1(), op, span, doses, g, start, end, low, noisy, q, positions, part, scratch
+                        )
                     elif rows <= 4:
-                        chunk(tile4(), op, span, doses, g, start, end, low, noisy, q, positions, part, scratch)
+                        chunk(
+                            tile4(), op, span, doses, g, start, end, low, noisy, q, positions, part, scratch
+                        )
                     else:
-                        chunk(tile8(), op, span, doses, g, start, end, low, noisy, q, positions, part, scratch)
+                        chunk(
+                            tile8(), op, span, doses, g, start, end, low, noisy, q, positions, part, scratch
+                        )
                     if noisy and tile % per_token == 0:
                         touched = end + 1 - max(start, low - op.window + 1, span.sink)
                         if touched > 0:

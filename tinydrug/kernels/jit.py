@@ -1,8 +1,9 @@
 """Compiling kernels: when, with which options, and where the machine code is kept between processes.
 
-Nothing compiles at import. A `Kernel` is a C function that compiles on first use and is cached in a private folder whose
-name is a hash of every kernel source, the versions and the CPU: Numba's own cache looks at one file only, and would run
-stale code after a callee changed. The cache is pickle, hence code: the folder belongs to the user, mode 0700, or is not used.
+Nothing compiles at import. A `Kernel` is a C function that compiles on first use and is cached in a
+private folder whose name is a hash of every kernel source, the versions and the CPU: Numba's own cache
+looks at one file only, and would run stale code after a callee changed. The cache is pickle, hence code:
+the folder belongs to the user, mode 0700, or is not used.
 """
 
 import ctypes
@@ -27,7 +28,8 @@ from tinydrug.kernels.isa import ISA
 
 log = logging.getLogger("tinydrug")
 
-# The one place where Numba options are spelled. No fastmath: NaN and infinity mean something, and the order of a sum is a promise.
+# The one place where Numba options are spelled. No fastmath: NaN and infinity mean something, and the order
+# of a sum is a promise.
 OPTIONS = {"error_model": "numpy"}
 inline = njit(forceinline=True, **OPTIONS)  # a helper that disappears into its kernel
 helper = njit(**OPTIONS)  # a helper big enough to stay a function
@@ -44,7 +46,8 @@ def _source_hash() -> str:
 
 @functools.cache
 def cache_folder() -> Path | None:
-    """The private folder of compiled kernels ($TINYDRUG_CACHE_DIR, else the user's cache), or None with one warning."""
+    """The private folder of compiled kernels ($TINYDRUG_CACHE_DIR, else the user's cache), or None with one
+    warning."""
     base = os.environ.get("TINYDRUG_CACHE_DIR")
     if base is None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -93,8 +96,8 @@ class _Cache:
 
 
 class Kernel:
-    """A C function, compiled (or loaded) on first use. `address` is what tables hold; calling it goes through ctypes,
-    which lets go of the GIL."""
+    """A C function, compiled (or loaded) on first use. `address` is what tables hold; calling it goes through
+    ctypes, which lets go of the GIL."""
 
     def __init__(self, function, signature, name):
         # The name is also the symbol: kernels made by one factory must differ in it.

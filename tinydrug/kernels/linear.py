@@ -3,12 +3,13 @@
 Weights lie in panels of 16 output rows; a lane is an output row, so there is no horizontal sum:
 
     f32, f16, bf16   [panel][k][16]
-    q8_0             [panel][k/32][8][16][4] bytes q + 128          scales f16 [panel][k/32][16]
-    q4_0             [panel][k/32][4][16][4] bytes: low nibble columns 0..15, high nibble 16..31, both q + 8; scales as q8_0
-    q4_1             the same nibbles, q                            scales f16 [panel][k/32][2][16]: scale, minimum
+    q8_0   [panel][k/32][8][16][4] bytes q + 128; scales f16 [panel][k/32][16]
+    q4_0   [panel][k/32][4][16][4] bytes: low nibbles columns 0..15, high 16..31, both q + 8; scales as q8_0
+    q4_1   the same nibbles holding q; scales f16 [panel][k/32][2][16]: scale, minimum
 
-An output element is one sum over k in one order whatever the tile that holds it, so its bits depend neither on how many
-tokens came with it nor on the threads. Tiles reach up to 7 rows past T: buffers have room for them.
+An output element is one sum over k in one order whatever the tile that holds it, so its bits depend
+neither on how many tokens came with it nor on the threads. Tiles reach up to 7 rows past T: buffers have
+room for them.
 """
 
 import numpy as np
@@ -45,7 +46,7 @@ from tinydrug.kernels.vectors import (
 i4, i8 = np.int32, np.int64
 
 
-# --- one panel: tile of zeros, addresses of weights, scales and activations, k, activation stride -> tile of sums ------
+# --- one panel: tile of zeros, addresses of weights, scales and activations, k, activation stride -> tile of
 @inline
 def panel_f32(acc, w, s, x, k, stride):
     for i in range(k):
@@ -105,7 +106,7 @@ def panel_q4_1(acc, w, s, x, k, stride):
     return acc
 
 
-# --- four panels for one token: independent sums hide the latency of the one fma chain a float panel is ----------------
+# --- four panels for one token: independent sums hide the latency of the one fma chain a float panel is -----
 @inline
 def panels_f32(acc, w, step, x, k):
     for i in range(k):
@@ -127,7 +128,7 @@ def panels_bf16(acc, w, step, x, k):
     return acc
 
 
-# --- the epilogue -----------------------------------------------------------------------------------------------------
+# --- the epilogue -------------------------------------------------------------------------------------------
 @inline
 def finish(acc, bias, onto, y, stride):
     """Add the bias (if any), then what is there already (if asked), then store: one order for every tile."""
@@ -139,7 +140,8 @@ def finish(acc, bias, onto, y, stride):
 
 
 def _linear(name, panel, panel_bytes, scale_bytes):
-    """The kernel of a format: panel_bytes of weights and scale_bytes of scales a panel, for each 32 columns."""
+    """The kernel of a format: panel_bytes of weights and scale_bytes of scales a panel, for each 32 columns.
+    The kernel of a format: panel_bytes of weights and scale_bytes of scales a panel, for each 32 columns."""
 
     @inline
     def tile(zeros, w, p, x, x_stride, y, y_stride, onto):

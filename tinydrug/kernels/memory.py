@@ -9,8 +9,8 @@ LINE = 64
 
 
 def aligned(shape, dtype, huge=True) -> np.ndarray:
-    """A zeroed array whose first byte begins a cache line. Pages are taken on first touch; a large array asks for huge
-    ones, unless it will be filled sparsely."""
+    """A zeroed array whose first byte begins a cache line. Pages are taken on first touch; a large array asks
+    for huge ones, unless it will be filled sparsely."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     nbytes = max(math.prod(shape) * np.dtype(dtype).itemsize, 1)
     if nbytes < 1 << 21:

@@ -1,11 +1,14 @@
-"""Noise in vectors: a counter-based generator, the laws that draw directions, and the rotation that uses them.
+"""Noise in vectors: a counter-based generator, the laws that draw directions, and the rotation that uses
+them.
 
-A vector x turns by an angle phi towards a random direction (DRµGS):  x' = x cos phi + |x| o/|o| sin phi,  where o is the
-part of r orthogonal to x. That is x' = a x + b r, so r never has to be kept where x' is only multiplied with something.
+A vector x turns by an angle phi towards a random direction (DRµGS):  x' = x cos phi + |x| o/|o| sin phi,
+where o is the part of r orthogonal to x. That is x' = a x + b r, so r never has to be kept where x' is
+only multiplied with something.
 
-Every draw is a pure function of (seed, layer, site, head, position, step, component). The first five make a 64-bit key
-(splitmix64) and a position makes two 32-bit words of it; component words are a 32-bit mixing function (lowbias32, with the
-second word added between its rounds) of a counter. Nothing is remembered, so threads, chunks and batches change no draw.
+Every draw is a pure function of (seed, layer, site, head, position, step, component). The first five make
+a 64-bit key (splitmix64) and a position makes two 32-bit words of it; component words are a 32-bit mixing
+function (lowbias32, with the second word added between its rounds) of a counter. Nothing is remembered, so
+threads, chunks and batches change no draw.
 """
 
 from typing import NamedTuple
@@ -28,8 +31,8 @@ from tinydrug.kernels.vectors import (
     lane,
     load,
     load_f32,
-    load_i32,
     load_halves,
+    load_i32,
     round_even,
     select,
     shift_right,
@@ -54,10 +57,11 @@ SUBNORMAL = f4(1e-6)  # below this share of |r|^2 the orthogonal part is roundin
 ROTATE = types.void(DOSE, *[types.int64] * 7)  # dose, x, components, period, valid, key, position, scratch
 SCORES = types.void(OP, DOSE, *[types.int64] * 7)  # op, dose, keys, q, rows, position, key, sink, out
 VALUES = types.void(OP, DOSE, *[types.int64] * 6)  # op, dose, values, position, key, sink, out, scratch
+DRAW = types.void(DOSE, *[types.int64] * 8)  # dose, seed, layer, site, head, position, step, components, out
 call_rotate, call_scores, call_values = call_at(ROTATE), call_at(SCORES), call_at(VALUES)
 
 
-# --- the generator ----------------------------------------------------------------------------------------------------
+# --- the generator ------------------------------------------------------------------------------------------
 @inline
 def draw_key(seed, layer, site, head, step):
     """splitmix64 over the coordinates of a draw."""
@@ -91,10 +95,11 @@ def word(first, second, index):
     return mix(first + index * GOLDEN, second)
 
 
-# --- laws: two views of the same draws, a block being 32 components ----------------------------------------------------
+# --- laws: two views of the same draws, a block being 32 components -----------------------------------------
 @inline
 def uniform_by_component(first, second, block):
-    """Components 0..15 and 16..31 of a block, in lanes: U[0, 1) up to a factor, which a direction does not feel."""
+    """Components 0..15 and 16..31 of a block, in lanes: U[0, 1) up to a factor, which a direction does not
+    feel."""
     w = word(first, second, lane() + i4(16 * block))
     return to_floats(w & i4(0xFFFF)), to_floats(shift_right(w, i4(16)))
 
@@ -106,12 +111,19 @@ def uniform_by_position(first, second, block, j):
     return to_floats(w & i4(0xFFFF)), to_floats(shift_right(w, i4(16)))
 
 
-# --- from sums to the rotation -----------------------------------------------------------------------------------------
+# --- from sums to the rotation ------------------------------------------------------------------------------
+@inline
+def angle(first, second, dose):
+    """The angle of each lane's rotation in half turns, U[0, theta)."""
+    u = to_floats(shift_right(word(first, second, ints(i4(-1))), i4(8))) * f4(2.0**-24)
+    return u * f4(dose.theta * (1 / np.pi))
+
+
 @inline
 def coefficients(first, second, xx, rx, rr, dose):
-    """Lanes of x.x, r.x, r.r -> a, b of x' = a x + b r. x stays where it has no length or r no orthogonal part."""
-    turn = f4(dose.theta * 0.15915494309189535)  # in whole turns
-    turns = to_floats(shift_right(word(first, second, ints(i4(-1))), i4(8))) * (turn * f4(2.0**-24))
+    """Lanes of x.x, r.x, r.r -> a, b of x' = a x + b r. x stays where it has no length or r no orthogonal
+    part."""
+    turns = angle(first, second, dose) * f4(0.5)
     turns = turns - round_even(turns)
     sin, cos = sin_cos_half(turns * f4(3.14159265358979))
     along = rx / xx  # 0/0 where x = 0: not selected below
@@ -123,7 +135,8 @@ def coefficients(first, second, xx, rx, rr, dose):
 
 @inline
 def existing(r, i, period, valid):
-    """r with zeros where component i + lane is padding: the last of every `period` components beyond `valid`."""
+    """r with zeros where component i + lane is padding: the last of every `period` components beyond `valid`.
+    r with zeros where component i + lane is padding: the last of every `period` components beyond `valid`."""
     return select(lane() + i4(i % period) < i4(valid), r, floats(f4(0.0)))
 
 
@@ -141,7 +154,11 @@ def _rotate(name, by_component):
             x0, x1 = load(x + 4 * i), load(x + 4 * i + 64)
             store(scratch + 4 * i, r0)
             store(scratch + 4 * i + 64, r1)
-            xx, rx, rr = fma(x1, x1, fma(x0, x0, xx)), fma(r1, x1, fma(r0, x0, rx)), fma(r1, r1, fma(r0, r0, rr))
+            xx, rx, rr = (
+                fma(x1, x1, fma(x0, x0, xx)),
+                fma(r1, x1, fma(r0, x0, rx)),
+                fma(r1, r1, fma(r0, r0, rr)),
+            )
         xx, rx, rr = floats(sum_lanes(xx)), floats(sum_lanes(rx)), floats(sum_lanes(rr))
         a, b = coefficients(first, second, xx, rx, rr, dose)
         for j in range(0, 4 * components, 64):
@@ -197,7 +214,11 @@ def _values(name, by_component, load_cell, cell):
         d, positions = op.head_dim, lane() + i4(position)
         first, second = streams(positions, key)
         zero = floats(f4(0.0))
-        words, sums, ab = scratch, scratch + 128, scratch + 320  # [2][16] words, [3][16] sums, [2][16] coefficients
+        words, sums, ab = (
+            scratch,
+            scratch + 128,
+            scratch + 320,
+        )  # [2][16] words, [3][16] sums, [2][16] coefficients
         store_ints(words, first)
         store_ints(words + 64, second)
         for p in range(16):
@@ -228,7 +249,23 @@ def _values(name, by_component, load_cell, cell):
     return values
 
 
-# --- the operations of the forward pass --------------------------------------------------------------------------------
+def _draw(name, by_component):
+    """The kernel that shows a draw, for tests and records: r (components) at out, then phi in radians in 16
+    lanes."""
+
+    @kernel(DRAW, f"draw_{name}")
+    def draw(dose, seed, layer, site, head, position, step, components, out):
+        first, second = streams(ints(i4(position)), draw_key(seed, layer, site, head, step))
+        for i in range(0, components, 32):
+            r0, r1 = by_component(first, second, i // 32)
+            store(out + 4 * i, r0)
+            store(out + 4 * i + 64, r1)
+        store(out + 4 * components, angle(first, second, dose) * f4(np.pi))
+
+    return draw
+
+
+# --- the operations of the forward pass ---------------------------------------------------------------------
 @inline
 def dose_at(call, op, token):
     """The dose of this operation's site for a token's sequence; theta 0 where its position is protected."""
@@ -265,7 +302,8 @@ def noise_rows(call, op, tid, n):
 
 @operation
 def noise_heads(call, op, tid, n):
-    """x (T, H, d) in place, as noise_rows, but split by kv head: for what lies between the projections and attention."""
+    """x (T, H, d) in place, as noise_rows, but split by kv head: for what lies between the projections and
+    attention."""
     group = op.heads // op.kv_heads
     first, last, step = my_groups(call, op, tid, n)
     scratch = call.scratch + tid * call.scratch_stride
@@ -283,6 +321,7 @@ class Law(NamedTuple):
     rotate: Kernel
     scores: dict[str, Kernel]
     values: dict[str, Kernel]
+    draw: Kernel
 
 
 def _law(name, by_component, by_position) -> Law:
@@ -291,6 +330,7 @@ def _law(name, by_component, by_position) -> Law:
         _rotate(name, by_component),
         {cell: _scores(f"{name}_{cell}", by_position, *how) for cell, how in cells.items()},
         {cell: _values(f"{name}_{cell}", by_component, *how) for cell, how in cells.items()},
+        _draw(name, by_component),
     )
 
 

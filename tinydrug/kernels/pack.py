@@ -1,7 +1,8 @@
 """Weights from the rows of a checkpoint to panels: converting, quantising, padding and permuting in one pass.
 
-A panel is packed from 16 source rows. Rows come through a map (-1: a row of zeros), columns in groups of `group` that are
-moved apart to `padded_group`: that is how heads are padded, and rotary rows put in order, at no extra pass.
+A panel is packed from 16 source rows. Rows come through a map (-1: a row of zeros), columns in groups of
+`group` that are moved apart to `padded_group`: that is how heads are padded, and rotary rows put in order,
+at no extra pass.
 """
 
 from typing import NamedTuple
@@ -55,10 +56,12 @@ SOURCE = Struct(
     data_out="i8",
     scales_out="i8",
 )
-PACK = types.void(SOURCE, *[types.int64] * 3)  # source, first panel, last panel, scratch (64 bytes and padded_k floats)
+PACK = types.void(
+    SOURCE, *[types.int64] * 3
+)  # source, first panel, last panel, scratch (64 bytes and padded_k floats)
 
 
-# --- readers: one element of a source row as a float, and 16 of them where they lie side by side ---------------------------
+# --- readers: one element of a source row as a float, and 16 of them where they lie side by side ------------
 @inline
 def read_f32(row, column, stride):
     return load_f32(row + column * stride)
@@ -97,7 +100,7 @@ def read_q4_1(row, column, stride):
     return load_f16(block) * f4(nibble(block + 4, column)) + load_f16(block + 2)
 
 
-# --- writers: row r of a panel, k floats -> its lane of the panel --------------------------------------------------------
+# --- writers: row r of a panel, k floats -> its lane of the panel -------------------------------------------
 def _write_floats(store_one, element):
     @inline
     def write(row, r, k, data, scales, scratch):
@@ -138,9 +141,10 @@ def write_q4_0(row, r, k, data, scales, scratch):
             store_i32(data + 256 * b + 64 * c + 4 * r, load_i32(scratch + 4 * c))
 
 
-# --- packers -------------------------------------------------------------------------------------------------------------
+# --- packers ------------------------------------------------------------------------------------------------
 def _pack(name, read, load_many, element, write, panel_bytes, scale_bytes):
-    """The kernel that packs panels through floats. load_many reads 16 neighbours of `element` bytes (element 0: none)."""
+    """The kernel that packs panels through floats. load_many reads 16 neighbours of `element` bytes (element
+    0: none)."""
 
     @kernel(PACK, name)
     def pack(source, lo, hi, scratch):
@@ -172,8 +176,8 @@ def _pack(name, read, load_many, element, write, panel_bytes, scale_bytes):
 
 
 def _repack(name, block_bytes, head, offset, panel_bytes, scale_bytes):
-    """The kernel that keeps a file's own blocks: bytes are moved, none is computed. `head` bytes of scales open a block;
-    bytes are xored with `offset` (q8_0's signed bytes become q + 128)."""
+    """The kernel that keeps a file's own blocks: bytes are moved, none is computed. `head` bytes of scales
+    open a block; bytes are xored with `offset` (q8_0's signed bytes become q + 128)."""
 
     @kernel(PACK, name)
     def repack(source, lo, hi, scratch):
@@ -196,7 +200,7 @@ def _repack(name, block_bytes, head, offset, panel_bytes, scale_bytes):
     return repack
 
 
-# --- one row of a packed matrix, as floats: for the embedding -------------------------------------------------------------
+# --- one row of a packed matrix, as floats: for the embedding -----------------------------------------------
 def _gather(name, element):
     @kernel(GATHER, f"gather_{name}")
     def gather(weight, index, out):
@@ -248,9 +252,10 @@ def element_q4_1(w, p, r, c):
     return scale * f4(packed_nibble(w, block, r, c)) + load_f16(w.scales + 64 * block + 32 + 2 * r)
 
 
-# --- the registry: kinds of tensors a file may hold, and formats a panel may have -------------------------------------------
+# --- the registry: kinds of tensors a file may hold, and formats a panel may have ---------------------------
 class Format(NamedTuple):
-    """How weights lie in memory: bytes of data and scales for 32 columns of a panel; what the kernel wants of activations."""
+    """How weights lie in memory: bytes of data and scales for 32 columns of a panel; what the kernel wants of
+    activations."""
 
     panel_bytes: int
     scale_bytes: int
@@ -283,11 +288,15 @@ FORMATS = {
     "q4_1": Format(256, 64, linear_q4_1, _gather("q4_1", element_q4_1), True),
 }
 PACKERS = {  # (kind of source, format) -> kernel
-    (kind, name): _pack(f"pack_{kind}_{name}", *read, write, FORMATS[name].panel_bytes, FORMATS[name].scale_bytes)
+    (kind, name): _pack(
+        f"pack_{kind}_{name}", *read, write, FORMATS[name].panel_bytes, FORMATS[name].scale_bytes
+    )
     for kind, read in _READ.items()
     for name, write in _WRITE.items()
 } | {
-    ("q8_0", "q8_0"): _repack("repack_q8_0", 34, 2, -2139062144, 512, 32),  # 0x80808080: signed bytes to q + 128
+    ("q8_0", "q8_0"): _repack(
+        "repack_q8_0", 34, 2, -2139062144, 512, 32
+    ),  # 0x80808080: signed bytes to q + 128
     ("q4_0", "q4_0"): _repack("repack_q4_0", 18, 2, 0, 256, 32),
     ("q4_1", "q4_1"): _repack("repack_q4_1", 20, 4, 0, 256, 64),
 }

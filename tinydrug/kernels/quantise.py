@@ -1,8 +1,8 @@
 """Activations to int8, so that integer dot products can meet quantised weights.
 
-A quantised row is [k int8][k/32 f32 scales][k/32 int32 sums][k/32 f32 moments]. A sum is minus the sum of the block's
-int8 values: it undoes the offset of unsigned weights exactly, sum (q + 128) a = sum q a + 128 sum a. A moment is scale *
-sum: what a block's minimum is multiplied with.
+A quantised row is [k int8][k/32 f32 scales][k/32 int32 sums][k/32 f32 moments]. A sum is minus the sum of
+the block's int8 values: it undoes the offset of unsigned weights exactly, sum (q + 128) a = sum q a + 128
+sum a. A moment is scale * sum: what a block's minimum is multiplied with.
 """
 
 import numpy as np
@@ -43,7 +43,8 @@ def moments_of(q, k):
 
 @operation
 def quantise(call, op, tid, n):
-    """x (T, k) f32 -> y (T, k) int8 with a scale a block of 32: absmax / 127, as ggml's q8_0 but the scale in f32."""
+    """x (T, k) f32 -> y (T, k) int8 with a scale a block of 32: absmax / 127, as ggml's q8_0 but the scale in
+    f32."""
     first, step, me = my_rows(call, op, tid, n)
     k = op.width
     for i in range(first, rows_of(call, op), step):

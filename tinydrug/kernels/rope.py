@@ -14,15 +14,15 @@ from tinydrug.kernels.vectors import (
 
 @inline
 def my_groups(call, op, tid, n):
-    """first, last, step over (token, kv head) pairs. Everything between the projections and attention splits this way,
-    so a thread only ever needs what it wrote itself."""
+    """first, last, step over (token, kv head) pairs. Everything between the projections and attention splits
+    this way, so a thread only ever needs what it wrote itself."""
     return tid, call.n_tokens * op.kv_heads, n
 
 
 @operation
 def rope(call, op, tid, n):
-    """x (T, H, d) in place: halves (a, b) -> (a cos - b sin, b cos + a sin), as in Hugging Face's Llama. z: a row a position,
-    d/2 cosines and d/2 sines, the attention factor of the rope type multiplied in."""
+    """x (T, H, d) in place: halves (a, b) -> (a cos - b sin, b cos + a sin), as in Hugging Face's Llama. z: a
+    row a position, d/2 cosines and d/2 sines, the attention factor of the rope type multiplied in."""
     d, group = op.head_dim, op.heads // op.kv_heads
     first, last, step = my_groups(call, op, tid, n)
     for u in range(first, last, step):
@@ -39,7 +39,8 @@ def rope(call, op, tid, n):
 
 @inline
 def key_address(span, op, g, slot):
-    """Of component 0 of the key in this slot: (L, G, S/16, d, 16), so that a vector load takes one component of 16 positions."""
+    """Of component 0 of the key in this slot: (L, G, S/16, d, 16), so that a vector load takes one component
+    of 16 positions."""
     row = (op.layer * op.kv_heads + g) * span.slots + slot // 16 * 16
     return span.keys + op.cell * (row * op.head_dim + slot % 16)
 

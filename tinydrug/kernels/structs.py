@@ -1,4 +1,5 @@
-"""Tables that Python and kernels share: rows of named fields, NumPy structured arrays on one side, pointers on the other.
+"""Tables that Python and kernels share: rows of named fields, NumPy structured arrays on one side, pointers
+on the other.
 
     Point = Struct("Point", x="f4", next="i8")        Point.dtype: the NumPy side
     in a kernel, p of type Point: p.x, p.x = 1, p[3].x (the third row after p), Point(address) makes one

@@ -1,7 +1,9 @@
-"""The tables a forward pass is made of: one row a weight tensor, an operation, a token, a span of tokens, a dose.
+"""The tables a forward pass is made of: one row a weight tensor, an operation, a token, a span of tokens, a
+dose.
 
-Sizes in comments: T tokens of this call, D hidden size, H query heads, G key/value heads, d head width, S cache slots.
-Every width is padded to a multiple of 32 with zeros when weights are loaded, so no kernel has a tail.
+Sizes in comments: T tokens of this call, D hidden size, H query heads, G key/value heads, d head width, S
+cache slots. Every width is padded to a multiple of 32 with zeros when weights are loaded, so no kernel has
+a tail.
 """
 
 from numba import types
@@ -112,8 +114,8 @@ def rows_of(call, op):
 
 @inline
 def my_rows(call, op, tid, n):
-    """first, step, me: the rows of this thread. With one row every thread computes it for itself, in its own memory:
-    that costs less than waiting for each other. `me` is then the thread, else -1."""
+    """first, step, me: the rows of this thread. With one row every thread computes it for itself, in its own
+    memory: that costs less than waiting for each other. `me` is then the thread, else -1."""
     if rows_of(call, op) == 1:
         return 0, 1, tid
     return tid, n, -1

@@ -1,9 +1,9 @@
 """A team of threads that run one forward pass together, and meet at atomic barriers.
 
-Every thread runs `serve`. Thread 0 is the caller; the others are helpers that spin for a while after a step, then sleep on
-a lock in Python. The low byte of a job number is its number of threads, which may change from step to step: no bit of a
-result does. A barrier costs 0.1 to 1 microseconds; spinning before yielding matters, since on Linux a yield can cost
-a whole time slice.
+Every thread runs `serve`. Thread 0 is the caller; the others are helpers that spin for a while after a
+step, then sleep on a lock in Python. The low byte of a job number is its number of threads, which may
+change from step to step: no bit of a result does. A barrier costs 0.1 to 1 microseconds; spinning before
+yielding matters, since on Linux a yield can cost a whole time slice.
 """
 
 import os
@@ -76,8 +76,8 @@ def forward(call, tid, n):
 
 @kernel(types.int64(CALL, types.int64, types.int64))
 def serve(call, tid, job):
-    """Thread 0: one step. A helper: steps as jobs appear, until none came for a while (it returns the last job it saw) or
-    the team stops (-1)."""
+    """Thread 0: one step. A helper: steps as jobs appear, until none came for a while (it returns the last
+    job it saw) or the team stops (-1)."""
     sync = call.sync
     while True:
         waited = 0
@@ -86,8 +86,8 @@ def serve(call, tid, job):
             waited += 1
             if waited > LINGER:
                 atomic_store(sync + PARKED + 8 * tid, 1)
-                # Look once more, now that the flag is up: either we still see the old job and sleep, or we take the
-                # flag down ourselves, or it is down already and a lock is being released for us.
+                # Look once more, now that the flag is up: either we still see the old job and sleep, or we
+                # take the flag down ourselves, or it is down already and a lock is being released for us.
                 if atomic_load(sync + JOB) == job or atomic_swap(sync + PARKED + 8 * tid, 0) == 0:
                     return job
                 break
@@ -112,7 +112,8 @@ def post(sync, n, helpers):
 
 
 class Team:
-    """n threads for the calls of one `call` table. Threads start at the first run, and again in a forked child."""
+    """n threads for the calls of one `call` table. Threads start at the first run, and again in a forked
+    child."""
 
     def __init__(self, call: np.ndarray, threads: int):
         self.threads = threads
@@ -141,7 +142,9 @@ class Team:
         for tid, lock in enumerate(self._locks):
             lock.acquire()
             if tid:
-                threading.Thread(target=self._help, args=(tid, lock), daemon=True, name=f"tinydrug-{tid}").start()
+                threading.Thread(
+                    target=self._help, args=(tid, lock), daemon=True, name=f"tinydrug-{tid}"
+                ).start()
         self._pid = os.getpid()
 
     def _help(self, tid: int, lock: threading.Lock) -> None:

@@ -1,11 +1,12 @@
 """LLVM vectors and register tiles as Numba values, so that a kernel says exactly which registers it uses.
 
     Vec(elt, n)    one LLVM <n x elt> in a register
-    Tile(vec, r)   r such vectors, LLVM [r x <n x elt>]; LLVM takes it apart into r registers, so a kernel written for
+    Tile(vec, r)   r such vectors, LLVM [r x <n x elt>]; LLVM takes it apart into r registers, so a kernel
+    written for
                    a tile is compiled once per r and needs no generated source
 
-Memory is named by absolute byte addresses (int64). Every load and store states its alignment: LLVM's default for a
-vector is its full size (64), and an address that is not a multiple of it would fault.
+Memory is named by absolute byte addresses (int64). Every load and store states its alignment: LLVM's
+default for a vector is its full size (64), and an address that is not a multiple of it would fault.
 """
 
 import inspect
@@ -115,7 +116,7 @@ def _call(b, name, ret, args):
     return b.call(fn, args)
 
 
-# --- scalars at addresses ---------------------------------------------------------------------------------------------
+# --- scalars at addresses -----------------------------------------------------------------------------------
 @op(f32(address))
 def load_f32(b, p):
     return _load(b, p, ELEMENTS["f32"], 4)
@@ -177,7 +178,7 @@ def store_u8(b, p, x):
     _store(b, p, b.trunc(x, i8), 1)
 
 
-# --- vectors: loads and stores ----------------------------------------------------------------------------------------
+# --- vectors: loads and stores ------------------------------------------------------------------------------
 @op(F(address))
 def load(b, p):
     return _load(b, p, _llvm(F), 4)
@@ -232,7 +233,7 @@ def load_bfloats(b, p):
     return _load_bfloats(b, p)
 
 
-# --- vectors: making and converting -----------------------------------------------------------------------------------
+# --- vectors: making and converting -------------------------------------------------------------------------
 @op(F(f32))
 def floats(b, x):
     return _splat(b, x)
@@ -268,7 +269,7 @@ def as_ints(b, x):
     return b.bitcast(x, _llvm(I))
 
 
-# --- vectors: arithmetic ----------------------------------------------------------------------------------------------
+# --- vectors: arithmetic ------------------------------------------------------------------------------------
 @op(F(F, F, F))
 def fma(b, x, y, z):
     return _call(b, "llvm.fma.v16f32", x.type, [x, y, z])
@@ -343,7 +344,9 @@ def _reduce(b, x, combine):
         n //= 2
         halves = [
             b.shuffle_vector(
-                x, ir.Constant(x.type, ir.Undefined), ir.Constant(ir.VectorType(i32, n), list(range(o, o + n)))
+                x,
+                ir.Constant(x.type, ir.Undefined),
+                ir.Constant(ir.VectorType(i32, n), list(range(o, o + n))),
             )
             for o in (0, n)
         ]
@@ -410,7 +413,7 @@ for _key in {*_FLOAT, *_INT, *_COMPARE}:
     _register(_key)
 
 
-# --- tiles: row r of an operand lies at p + r * step ------------------------------------------------------------------
+# --- tiles: row r of an operand lies at p + r * step --------------------------------------------------------
 def _zeros(r):
     @op(Tile(F, r)())
     def zeros(b):
@@ -419,7 +422,9 @@ def _zeros(r):
     return zeros
 
 
-tile1, tile2, tile4, tile8 = map(_zeros, (1, 2, 4, 8))  # a tile of zeros; its type carries r through the kernels
+tile1, tile2, tile4, tile8 = map(
+    _zeros, (1, 2, 4, 8)
+)  # a tile of zeros; its type carries r through the kernels
 
 
 def _row_address(b, p, step, r):
@@ -500,9 +505,7 @@ def tile_axby(b, x, t, y, u):
 @op(lambda t, *a: Tile(I, t.r)(t, address, address, s32))
 def tile_splat_ints(b, t, p, step, shift):
     """Integer rows: the int at p + r * step, shifted left, in every lane."""
-    return _rowwise(
-        b, t, lambda r, _: _splat(b, b.shl(_load(b, _row_address(b, p, step, r), i32, 4), shift))
-    )
+    return _rowwise(b, t, lambda r, _: _splat(b, b.shl(_load(b, _row_address(b, p, step, r), i32, 4), shift)))
 
 
 @op(lambda t, *a: Tile(I, t.r)(t))
@@ -549,7 +552,8 @@ _DOT4 = {"avx512vnni": _dot4_vnni, "avx2": _dot4_avx2, "portable": _dot4_portabl
 
 @op(lambda t, *a: t(t, B, address, address))
 def tile_dot4(b, t, w, p, step):
-    """t[r] += in each lane the dot product of 4 unsigned bytes of w and the 4 signed bytes at p + r * step."""
+    """t[r] += in each lane the dot product of 4 unsigned bytes of w and the 4 signed bytes at p + r * step.
+    t[r] += in each lane the dot product of 4 unsigned bytes of w and the 4 signed bytes at p + r * step."""
 
     def row(r, acc):
         x = b.bitcast(_splat(b, _load(b, _row_address(b, p, step, r), i32, 1)), _llvm(B))
@@ -570,7 +574,7 @@ def tile_scale_add(b, t, a, s, p, step):
     return _rowwise(b, t, row)
 
 
-# --- calls and threads ------------------------------------------------------------------------------------------------
+# --- calls and threads --------------------------------------------------------------------------------------
 def call_at(sig):
     """An intrinsic (address, *args of sig): call the C function of this signature that lies at an address."""
     names = ["typing_context", "target", *[f"arg{i}" for i in range(len(sig.args))]]

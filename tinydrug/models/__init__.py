@@ -16,5 +16,7 @@ def find_model(raw: dict, path) -> ModuleType:
     """The module for a config.json; UnsupportedModel lists what there is."""
     kind = raw.get("model_type")
     if kind not in MODELS:
-        raise UnsupportedModel(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(MODELS)}")
+        raise UnsupportedModel(
+            f"{path}: model_type {kind!r} is not supported; supported: {', '.join(MODELS)}"
+        )
     return MODELS[kind]

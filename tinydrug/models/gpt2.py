@@ -24,9 +24,13 @@ def config(fields: Fields, tensors: dict[str, Tensor]) -> Config:
     heads = fields.size("n_head", 12, aliases=("num_attention_heads",))
     activation = fields.get("activation_function", str, "gelu_new")
     if activation not in ACTIVATIONS or activation == "silu":
-        raise UnsupportedModel(f"{fields.path}: activation_function {activation!r} is not supported; gelu_new and gelu are")
+        raise UnsupportedModel(
+            f"{fields.path}: activation_function {activation!r} is not supported; gelu_new and gelu are"
+        )
     if hidden % heads or hidden // heads % 2:
-        raise UnsupportedModel(f"{fields.path}: n_embd {hidden} does not divide into {heads} heads of even width")
+        raise UnsupportedModel(
+            f"{fields.path}: n_embd {hidden} does not divide into {heads} heads of even width"
+        )
     return Config(
         model_type="gpt2",
         n_layers=fields.size("n_layer", 12, aliases=("num_hidden_layers",)),
@@ -44,12 +48,19 @@ def config(fields: Fields, tensors: dict[str, Tensor]) -> Config:
 
 
 def needs(c: Config, gguf: bool) -> dict[str, Need]:
-    """Every tensor of the model. Hugging Face keeps (in, out) Conv1D matrices with q, k and v in one; GGUF keeps (out, in)."""
+    """Every tensor of the model. Hugging Face keeps (in, out) Conv1D matrices with q, k and v in one; GGUF
+    keeps (out, in)."""
     D, F, d = c.hidden_size, c.intermediate_size, c.head_dim
 
     def matrix(name, n, k, shape=None, **layout):
         shape = shape or (n, k)
-        return Need(f"{name}.weight", shape if gguf else shape[::-1], bias=f"{name}.bias", transposed=not gguf, **layout)
+        return Need(
+            f"{name}.weight",
+            shape if gguf else shape[::-1],
+            bias=f"{name}.bias",
+            transposed=not gguf,
+            **layout,
+        )
 
     def norm(name):
         return Need(f"{name}.weight", (D,), role="vector", bias=f"{name}.bias")
@@ -61,7 +72,9 @@ def needs(c: Config, gguf: bool) -> dict[str, Need]:
         else ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
     )
     embed, positions, ln_f, head = (
-        ("token_embd", "position_embd", "output_norm", "output") if gguf else ("wte", "wpe", "ln_f", "lm_head")
+        ("token_embd", "position_embd", "output_norm", "output")
+        if gguf
+        else ("wte", "wpe", "ln_f", "lm_head")
     )
     out = {
         "wte": Need(f"{embed}.weight", (c.vocab_size, D), fine=True),
@@ -71,7 +84,7 @@ def needs(c: Config, gguf: bool) -> dict[str, Need]:
         at = layer.format(i=i)
         out[f"{i}.ln_1"] = norm(at + ln_1)
         for j, name in enumerate(("q", "k", "v")):
-            part = slice(j * D, (j + 1) * D)
+            part = (j * D, (j + 1) * D)
             out[f"{i}.{name}"] = matrix(at + c_attn, D, D, (3 * D, D), columns=part, out_head=d)
         out[f"{i}.attn_proj"] = matrix(at + attn_proj, D, D, in_head=d)
         out[f"{i}.ln_2"] = norm(at + ln_2)

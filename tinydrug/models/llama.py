@@ -61,19 +61,28 @@ def config(fields: Fields, tensors: dict[str, Tensor]) -> Config:
         activation=fields.get("hidden_act", str, "silu"),
         tied=fields.get("tie_word_embeddings", bool, False),
         rope=fields.rope(),
-        sliding_window=fields.size("sliding_window", None) if fields.get("model_type", str) == "mistral" else None,
+        sliding_window=fields.size("sliding_window", None)
+        if fields.get("model_type", str) == "mistral"
+        else None,
         attention_bias=fields.get("attention_bias", bool, False),
         mlp_bias=fields.get("mlp_bias", bool, False),
     )
     if c.activation != "silu":
-        raise UnsupportedModel(f"{fields.path}: hidden_act {c.activation!r} is not supported for {c.model_type}; only silu is")
+        raise UnsupportedModel(
+            f"{fields.path}: hidden_act {c.activation!r} is not supported for {c.model_type}; only silu is"
+        )
     if c.n_heads % c.n_kv_heads or c.head_dim % 2:
         raise UnsupportedModel(
             f"{fields.path}: {c.n_heads} heads over {c.n_kv_heads} kv heads of width {c.head_dim}: "
             "the heads must divide, the width must be even"
         )
     if "rope_freqs.weight" in tensors:  # Llama 3 as GGUF: the scaling comes as a tensor
-        c = replace(c, rope=Rope(c.rope.rope_theta, "factors", {"factors": tensors["rope_freqs.weight"].float32().tolist()}))
+        c = replace(
+            c,
+            rope=Rope(
+                c.rope.rope_theta, "factors", {"factors": tensors["rope_freqs.weight"].float32().tolist()}
+            ),
+        )
     check_rope(c, fields.path)
     return c
 
@@ -96,13 +105,24 @@ def needs(c: Config, gguf: bool) -> dict[str, Need]:
     for i in range(c.n_layers):
         for name in ("attn_norm", *list(matrices)[:4], "mlp_norm", *list(matrices)[4:]):
             source = names[name].format(i=i)
-            biased = (c.mlp_bias if F in (matrices[name].shape) else c.attention_bias) if name in matrices else False
+            biased = (
+                (c.mlp_bias if F in (matrices[name].shape) else c.attention_bias)
+                if name in matrices
+                else False
+            )
             out[f"{i}.{name}"] = replace(
                 matrices.get(name, norm), source=f"{source}.weight", bias=f"{source}.bias" if biased else None
             )
     out["norm"] = replace(norm, source=f"{names['norm']}.weight")
-    out["lm_head"] = out["embed"] if c.tied else Need(f"{names['lm_head']}.weight", (c.vocab_size, D), fine=True)
+    out["lm_head"] = (
+        out["embed"] if c.tied else Need(f"{names['lm_head']}.weight", (c.vocab_size, D), fine=True)
+    )
     return out
+
+
+def tensors(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names as they are."""
+    return given
 
 
 def forward(p: Program, c: Config, n_positions: int) -> Value:

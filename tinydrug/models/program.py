@@ -1,8 +1,9 @@
 """A forward pass as a table of operations, written by calling it once.
 
-A model file describes its pass with the methods of `Program` as if they computed: each notes one operation and returns a
-`Value` that stands for the array it will make. The program then gives every value memory (reused as soon as nobody needs
-it), and finds where the threads must meet. The table is run by kernels/team.py; nothing compiles for a new architecture.
+A model file describes its pass with the methods of `Program` as if they computed: each notes one operation
+and returns a `Value` that stands for the array it will make. The program then gives every value memory
+(reused as soon as nobody needs it), and finds where the threads must meet. The table is run by
+kernels/team.py; nothing compiles for a new architecture.
 """
 
 from dataclasses import dataclass, replace
@@ -78,7 +79,7 @@ class Program:
         self._half = padded(config.head_dim) // 2  # floats of half a head, padded
         self.tables: list[np.ndarray] = []  # constant tables that values may stand for
 
-    # --- the vocabulary of a model file ---------------------------------------------------------------------------------
+    # --- the vocabulary of a model file ---------------------------------------------------------------------
     def embed(self, name: str) -> Value:
         """Token embeddings -> (T, D)."""
         weight = self.weights[name]
@@ -114,9 +115,17 @@ class Program:
         return x
 
     def cache(self, layer: int, keys: Value, values: Value) -> tuple[Cached, Cached]:
-        """Write keys and values (T, G, d) into the slots of their positions; from now on they are read from there."""
+        """Write keys and values (T, G, d) into the slots of their positions; from now on they are read from
+        there."""
         self._note(
-            rope.write_cache, HEADS, also_writes=CACHE, x=keys, z=values, layer=layer, cell=CELL_BYTES[self.cell], **self._heads(keys)
+            rope.write_cache,
+            HEADS,
+            also_writes=CACHE,
+            x=keys,
+            z=values,
+            layer=layer,
+            cell=CELL_BYTES[self.cell],
+            **self._heads(keys),
         )
         return Cached(), Cached()
 
@@ -140,7 +149,8 @@ class Program:
         return y
 
     def noise(self, site: str, layer: int, x):
-        """A place where noise enters: x as it is, or turned, as the schedule of each token's sequence says."""
+        """A place where noise enters: x as it is, or turned, as the schedule of each token's sequence says.
+        A place where noise enters: x as it is, or turned, as the schedule of each token's sequence says."""
         if isinstance(x, Cached):
             return replace(x, site=site)
         where = {"layer": layer, "site": SITES[site].code}
@@ -174,11 +184,17 @@ class Program:
         self.tables.append(table)
         return Value(-1 - len(self.tables), table.strides[0], table.shape[-1])
 
-    # --- notation -------------------------------------------------------------------------------------------------------
+    # --- notation -------------------------------------------------------------------------------------------
     def _heads(self, x: Value) -> dict:
         d = 2 * self._half
         G = self.config.n_kv_heads
-        return {"heads": x.width // d, "kv_heads": G, "head_dim": d, "period": self._half, "valid": self.config.head_dim // 2}
+        return {
+            "heads": x.width // d,
+            "kv_heads": G,
+            "head_dim": d,
+            "period": self._half,
+            "valid": self.config.head_dim // 2,
+        }
 
     def _value(self, width: int, on_outputs: bool = False, nbytes: int | None = None) -> Value:
         self.row_bytes.append(padded(nbytes or 4 * width, 64))
@@ -186,7 +202,15 @@ class Program:
 
     def _norm(self, kernel, x, name):
         y = replace(self._value(x.width, x.on_outputs), private=True)
-        self._note(kernel, ROWS, x=x, y=y, weight=self.weights[name], width=self.config.hidden_size, eps=self.config.norm_eps)
+        self._note(
+            kernel,
+            ROWS,
+            x=x,
+            y=y,
+            weight=self.weights[name],
+            width=self.config.hidden_size,
+            eps=self.config.norm_eps,
+        )
         return y
 
     def _quantise(self, x: Value) -> Value:
@@ -216,9 +240,10 @@ class Program:
             self._quantised = {x: q for x, q in self._quantised.items() if x.slot != written}
         self.steps.append(Step(kernel, split, tuple(reads), tuple(writes), operands, numbers, weight))
 
-    # --- memory and barriers ----------------------------------------------------------------------------------------------
+    # --- memory and barriers --------------------------------------------------------------------------------
     def place(self) -> list[int]:
-        """For each slot the memory area it uses: slots of one size that are never alive together share one."""
+        """For each slot the memory area it uses: slots of one size that are never alive together share one.
+        For each slot the memory area it uses: slots of one size that are never alive together share one."""
         last = {slot: i for i, step in enumerate(self.steps) for slot, _ in step.reads + step.writes}
         free, place, n_areas = {}, {}, 0
         for i, step in enumerate(self.steps):
@@ -236,7 +261,8 @@ class Program:
         return [place[slot] for slot in range(len(self.row_bytes))]
 
     def barriers(self, place: list[int], alone: bool) -> list[bool]:
-        """Before which steps all threads must meet: where memory is touched that another thread may still use.
+        """Before which steps all threads must meet: where memory is touched that another thread may still
+        use.
 
         alone: for calls with one row, when steps split by rows work in each thread's own memory."""
         pending: list[tuple[int, bool, str]] = []  # (area, written, split) since the last barrier
@@ -253,7 +279,9 @@ class Program:
 
             now = touched(step.reads, False) + touched(step.writes, True)
             meet = any(
-                area == other and (written or other_written) and not (split == other_split and split in (TOKENS, HEADS))
+                area == other
+                and (written or other_written)
+                and not (split == other_split and split in (TOKENS, HEADS))
                 for area, written, split in now
                 for other, other_written, other_split in pending
             )

@@ -1,7 +1,7 @@
 """Rotary tables: cosines and sines of every position, for each rope type Hugging Face knows and we run.
 
-Formulae and names: transformers' modeling_rope_utils. Frequencies and angles are float32 there, and so they are here:
-at position 8,000 a float64 angle would differ by 5e-4.
+Formulae and names: transformers' modeling_rope_utils. Frequencies and angles are float32 there, and so
+they are here: at position 8,000 a float64 angle would differ by 5e-4.
 """
 
 import math
@@ -42,9 +42,9 @@ def linear(config, positions):
 def dynamic(config, positions):
     """NTK: a base that grows with the length, once that exceeds what the model was trained for.
 
-    A token at position p uses the base of length p + 1, which is what Hugging Face computes when it generates token by
-    token. (Given a whole prompt at once it uses the prompt's length for all of it; then a token's row would depend on
-    what follows it, and a cache could not be reused.)"""
+    A token at position p uses the base of length p + 1, which is what Hugging Face computes when it
+    generates token by token. (Given a whole prompt at once it uses the prompt's length for all of it; then
+    a token's row would depend on what follows it, and a cache could not be reused.)"""
     d, factor = config.head_dim, _option(config, "factor")
     trained = _option(config, "original_max_position_embeddings", config.max_seq_len)
     length = np.maximum(positions + 1, trained).astype(np.float64)
@@ -68,7 +68,8 @@ def llama3(config, positions):
 
 
 def yarn(config, positions):
-    """Interpolated and extrapolated frequencies mixed by a ramp over dimensions, and a factor on cosines and sines."""
+    """Interpolated and extrapolated frequencies mixed by a ramp over dimensions, and a factor on cosines and
+    sines."""
     d, base, factor = config.head_dim, config.rope.rope_theta, _option(config, "factor")
     trained = _option(config, "original_max_position_embeddings", config.max_seq_len)
     fast, slow = _option(config, "beta_fast", 32), _option(config, "beta_slow", 1)
@@ -121,7 +122,8 @@ def check_rope(config: Config, path) -> None:
 
 
 def rope_table(config: Config, n_positions: int, half: int) -> np.ndarray:
-    """(positions, 2, half) float32: cosines and sines, the attention factor multiplied in, d/2 of each and zeros."""
+    """(positions, 2, half) float32: cosines and sines, the attention factor multiplied in, d/2 of each and
+    zeros."""
     positions = np.arange(n_positions)
     frequencies, factor = ROPES[config.rope.kind](config, positions)
     angles = positions[:, None].astype(f4) * frequencies

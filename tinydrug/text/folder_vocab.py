@@ -56,7 +56,10 @@ def _tokenizer_json(file: Path, content: bytes, options: "_Options"):
 
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # tokenizers raises nothing narrower
+        sample = tokenizer.encode("a")  # its post-processor is the rule for BOS and EOS
+    except BaseException as error:  # tokenizers has no narrower type, and its panics are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise BadModelFile(file, f"not a tokenizer: {error}") from None
     if options.get("clean_up_tokenization_spaces", bool, False) and type(tokenizer.model).__name__ != "BPE":
         raise UnsupportedModel(
@@ -71,7 +74,6 @@ def _tokenizer_json(file: Path, content: bytes, options: "_Options"):
         ]
     )
     backend = TokenizersBackend(tokenizer, file)
-    sample = tokenizer.encode("a")  # its post-processor is the rule for BOS and EOS
     added = list(zip(sample.ids, sample.special_tokens_mask, strict=True))
     prefix = [token_id for token_id, _ in takewhile(lambda pair: pair[1], added)]
     suffix = [token_id for token_id, _ in takewhile(lambda pair: pair[1], reversed(added[len(prefix) :]))]

@@ -41,23 +41,22 @@ class SentencePieceBackend:
     def __init__(
         self, model: bytes, path, *, added: dict[int, AddedToken], special=(), legacy=True, prefix_space=True
     ):
-        self._model = _load(model, path)
+        self._model, self._pieces = _load(model, path)
         self._continued = self._model
         if not (legacy and prefix_space):
             # protobuf merges messages that follow each other, so this overrides one field of the model
-            self._continued = _load(model + NO_DUMMY_PREFIX, path)
+            self._continued, _ = _load(model + NO_DUMMY_PREFIX, path)
         if not prefix_space:
             self._model = self._continued
         self.strip = int(self._model.normalize("a") != "a")
-        pieces = range(self._model.piece_size())
-        known = {i for i in pieces if self._model.is_control(i) or self._model.is_unknown(i)}
-        known |= {
-            i for text in special if self._model.id_to_piece(i := self._model.piece_to_id(text)) == text
+        reserved = self._model.is_control, self._model.is_unknown
+        own = {
+            i for i, piece in enumerate(self._pieces) if piece in special or any(is_(i) for is_ in reserved)
         }
-        self._added = {i: AddedToken(self._model.id_to_piece(i)) for i in sorted(known)} | added
+        self._added = {i: AddedToken(self._pieces[i]) for i in sorted(own)} | added
         self._id_of = {token.content: token_id for token_id, token in self._added.items()}
         self.special_ids = frozenset(token_id for token_id, token in self._added.items() if token.special)
-        self.size = max([len(pieces) - 1, *self._added]) + 1
+        self.size = max(len(self._pieces), *(token_id + 1 for token_id in self._added))
         self._any_added = _alternatives(self._added.values())
         self._not_special = _alternatives(token for token in self._added.values() if not token.special)
 
@@ -75,7 +74,7 @@ class SentencePieceBackend:
         """The vocabulary's own spelling, None for an id that it does not have."""
         if token_id in self._added:
             return self._added[token_id].content
-        return self._model.id_to_piece(token_id) if 0 <= token_id < self._model.piece_size() else None
+        return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else None
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its spelling."""
@@ -95,15 +94,17 @@ class SentencePieceBackend:
 
 
 def _load(model: bytes, path):
+    """(processor, its pieces)."""
     from sentencepiece import SentencePieceProcessor
 
     try:
-        loaded = SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
+        processor = SentencePieceProcessor(model_proto=model)
+        pieces = processor.id_to_piece([*range(processor.piece_size())])
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise BadModelFile(path, f"not a SentencePiece model: {' '.join(str(error).split())}") from None
-    if loaded.piece_size() == 0:
+    if not pieces:
         raise BadModelFile(path, "an empty SentencePiece model")
-    return loaded
+    return processor, pieces
 
 
 def _alternatives(tokens) -> re.Pattern:

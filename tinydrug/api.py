@@ -1,0 +1,382 @@
+"""Text in, text out: generate, stream, chat, forward and score with a loaded model."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinydrug.engine.generate import Request, generate
+from tinydrug.engine.runtime import Runtime
+from tinydrug.engine.sampling import Sampler, Sampling, log_softmax
+from tinydrug.engine.session import Session
+from tinydrug.errors import ConfigError, NumericalError, PromptError
+from tinydrug.formats.config import Config
+from tinydrug.noise import SITES, SOBER, Schedule
+from tinydrug.text.chat import named_template, render
+from tinydrug.text.detokenizer import Detokenizer, StopStrings
+from tinydrug.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[dict]  # text, token ids, or chat messages
+Drug = Schedule | str | Sequence[str] | None
+MAX_SEED = 2**64
+FORWARD_ROWS = 128  # logits of this many positions are in memory at once
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to continue a prompt: the keyword arguments of stream, generate and chat. Raises ConfigError."""
+
+    n: int | None = 128  # tokens at most; None: until the context is full
+    sampling: Sampling | None = None  # None: greedy
+    stop: Sequence[str] = ()  # strings that end the text, and are not part of it
+    drug_seed: int | None = None  # of the noise; None: a fresh one, told in the completion
+    ignore_eos: bool = False
+    logprobs: int | None = None  # report each token's log-probability, and so many alternatives
+    template: str | None = (
+        None  # chat template for messages: a known name or Jinja text; None: the model's own
+    )
+    shift_keep: int | None = None  # context full: keep so many first tokens, drop the older half of the rest
+    progress: Callable[[int, int], None] | None = None  # called with prompt tokens read, and all of them
+
+    def __post_init__(self):
+        for name, flag, least in (
+            ("n", "--n-predict", 0),
+            ("shift_keep", "--keep", 0),
+            ("logprobs", "--logprobs", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ConfigError(f"{flag}: {value!r} is not a whole number of at least {least}", name)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One streamed token: `text` is what it made final (often a word, sometimes nothing, never half a
+    character)."""
+
+    text: str
+    id: int
+    index: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    finish_reason: str | None = None  # stop, length, context; set on the last step
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished generation. `moved`: vectors that noise moved, by site; `timings`: seconds and tokens."""
+
+    text: str
+    ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    finish_reason: str
+    logprobs: tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...]  # (id, logprob, top), if asked for
+    schedule: Schedule
+    drug_seed: int
+    seed: int
+    moved: dict[str, int]
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """What the model thought of a text: log-probabilities (T-1,) float64 of each token given those before it.
+    What the model thought of a text: log-probabilities (T-1,) float64 of each token given those before it."""
+
+    ids: tuple[int, ...]
+    logprobs: np.ndarray
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood in nats."""
+        return float(-self.logprobs.mean())
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(self.nll))
+
+
+class Stream:
+    """An iterator of Steps. Closing it stops the work; `completion` is what came out, once it has ended."""
+
+    def __init__(self, steps: Iterator[Step]):
+        self._steps = steps
+        self.completion: Completion | None = None
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Step:
+        return next(self._steps)
+
+    def close(self) -> None:
+        self._steps.close()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+class Engine:
+    """A loaded model. Immutable: sequences live in sessions, so any thread may use one engine; steps run one
+    at a time."""
+
+    def __init__(
+        self, runtime: Runtime, tokenizer: Tokenizer, name: str, source: str, timings: dict[str, float]
+    ):
+        self.runtime, self.tokenizer, self.name, self.source, self.timings = (
+            runtime,
+            tokenizer,
+            name,
+            source,
+            timings,
+        )
+
+    @property
+    def config(self) -> Config:
+        return self.runtime.config
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens a context holds."""
+        return self.runtime.n_ctx
+
+    @property
+    def threads(self) -> int:
+        return self.runtime.threads
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self.runtime.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    # --- prompts --------------------------------------------------------------------------------------------
+    def render(self, messages: Sequence[dict], template: str | None = None) -> str:
+        """The text the model reads for a conversation. template: a known name (chatml, ...) or Jinja text;
+        None: the model's own. PromptError if there is none."""
+        if template is not None and "{" not in template:
+            template = named_template(template)
+        template = template or self.tokenizer.chat_template
+        if template is None:
+            raise PromptError(
+                f"{self.name} has no chat template: give one with --chat-template, or prompt it as a base model"
+            )
+        return render(template, list(messages), tokens=self.tokenizer.special_tokens)
+
+    def encode(self, prompt: Prompt, template: str | None = None) -> list[int]:
+        """Token ids of a text (with the model's BOS rule), of chat messages, or ids as they are. PromptError
+        if empty."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        elif len(prompt) and isinstance(prompt[0], dict):
+            ids = self.tokenizer.encode(self.render(prompt, template), bos=False)
+        else:
+            ids = [int(token) for token in prompt]
+        if not ids:
+            raise PromptError(
+                "the prompt is empty and this model has no BOS token to start from: give it a word"
+            )
+        return ids
+
+    def session(self, drug: Drug = None, drug_seed: int | None = None) -> Session:
+        """A sequence to keep: pass it to `stream` and only what is new in a prompt is read."""
+        return Session(self.runtime, *_schedule(drug, drug_seed, 0))
+
+    # --- generation -----------------------------------------------------------------------------------------
+    def stream(
+        self, prompt: Prompt, *, drug: Drug = None, session: Session | None = None, **options
+    ) -> Stream:
+        """Continue one prompt, token by token; `options` are the fields of Options.
+
+        session: continue a kept one, under its own schedule; whatever prefix it shares with the prompt is not
+        read again. Closing the stream stops the work.
+        """
+        if session is not None and drug is not None:
+            raise ConfigError("a session has its own schedule: change it with session.dose", "drug")
+        stream = Stream(iter(()))
+
+        def finished(completions):
+            stream.completion = completions[0]
+
+        run = self._run([prompt], [drug], [session], Options(**options), finished)
+        stream._steps = (step for _, step in run)
+        return stream
+
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        drug: Drug | Sequence[Drug] = None,
+        **options,
+    ) -> Completion | list[Completion]:
+        """Continue one prompt, or several in one forward pass a token (then a list comes back); `options` are the
+        fields of Options.
+
+        With `prompts`, `drug` is one schedule for all or a list of one each; sequence i uses noise seed
+        drug_seed + i and sampler seed + i, unless its schedule has a seed of its own.
+        """
+        if (prompt is None) == (prompts is None):
+            raise ConfigError("give either prompt or prompts", "prompt")
+        several = [prompt] if prompts is None else list(prompts)
+        each = isinstance(drug, (list, tuple)) and prompts is not None
+        drugs = list(drug) if each else [drug] * len(several)
+        if len(drugs) != len(several):
+            raise ConfigError(f"{len(several)} prompts but {len(drugs)} drugs: give one, or one each", "drug")
+        done: list[Completion] = []
+        for _ in self._run(several, drugs, [None] * len(several), Options(**options), done.extend):
+            pass
+        return done[0] if prompts is None else done
+
+    def chat(self, messages: Sequence[dict], **options) -> Completion:
+        """The answer to a conversation of {"role", "content"} messages; options as for `generate`."""
+        if not messages or not all(isinstance(message, dict) for message in messages):
+            raise PromptError('messages: expected a list of objects with "role" and "content"')
+        return self.generate(list(messages), **options)
+
+    def forward(self, ids: Sequence[int], drug: Drug = None, drug_seed: int | None = None) -> np.ndarray:
+        """Logits (T, V) float32 at every position. With a drug, every position beyond the sink is read under
+        noise."""
+        return np.concatenate([rows.copy() for rows in self._forward(ids, drug, drug_seed)])
+
+    def score(self, text: Prompt, drug: Drug = None, drug_seed: int | None = None) -> Score:
+        """Log-probability of every token of a text given those before it. PromptError for fewer than two
+        tokens."""
+        ids = self.encode(text)
+        if len(ids) < 2:
+            raise PromptError("a text to score needs at least two tokens")
+        logprobs, at = np.empty(len(ids) - 1), 0
+        for rows in self._forward(ids, drug, drug_seed):
+            targets = ids[at + 1 : at + 1 + len(rows)]
+            logprobs[at : at + len(targets)] = log_softmax(rows[: len(targets)])[
+                np.arange(len(targets)), targets
+            ]
+            at += len(rows)
+        return Score(tuple(ids), logprobs)
+
+    # --- inside ---------------------------------------------------------------------------------------------
+    def _forward(self, ids, drug, drug_seed):
+        """Logits of all positions, a few at a time, each a view until the next."""
+        session = self.session(drug, drug_seed)
+        ids = self.encode([int(token) for token in ids])
+        session.check(ids)
+        drugged = "none" if session.schedule.is_sober else "all"
+        for at in range(0, len(ids), FORWARD_ROWS):
+            rows = session.feed(ids[at : at + FORWARD_ROWS], drugged, len(ids[at : at + FORWARD_ROWS]))
+            if not np.isfinite(rows).all():
+                raise NumericalError(
+                    "a logit is NaN or infinite: the weights are damaged or overflow, try --check-tensors"
+                )
+            yield rows
+
+    def _run(self, prompts, drugs, sessions, options, finished):
+        """The one generation path -> (index, Step); `finished` gets the completions, in order, at the end."""
+        sampling = options.sampling or Sampling()
+        seed, noise_seed = _seed(sampling.seed, "seed"), _seed(options.drug_seed, "drug_seed")
+        stop_ids = frozenset() if options.ignore_eos else self.tokenizer.eos_ids
+        requests, outs = [], []
+        for i, (prompt, drug, session) in enumerate(zip(prompts, drugs, sessions, strict=True)):
+            ids = self.encode(prompt, options.template)
+            if session is None:
+                session = Session(self.runtime, *_schedule(drug, noise_seed, i))
+            _share_prefix(session, ids)
+            want = options.logprobs
+            sampler = Sampler(sampling, (seed + i) % MAX_SEED, want or 0, want is not None)
+            requests.append(
+                Request(session, ids[session.pos :], sampler, options.n, stop_ids, options.shift_keep)
+            )
+            outs.append(_Text(ids, Detokenizer(self.tokenizer, continues=True), StopStrings(options.stop)))
+        moved = [request.session.moved.copy() for request in requests]
+        start = time.perf_counter()
+        first = None
+        for event in generate(self.runtime, requests, options.progress):
+            first = first or time.perf_counter()
+            request, out = requests[event.index], outs[event.index]
+            text = out.push(event.choice, event.finish)
+            if out.stopped and event.finish is None:
+                request.stopped = True
+            finish = "stop" if out.stopped else event.finish
+            yield (
+                event.index,
+                Step(text, event.choice.id, len(out.ids) - 1, event.choice.logprob, event.choice.top, finish),
+            )
+        end = time.perf_counter()
+        first = first or end
+        timings = {
+            "prefill_s": first - start,
+            "prefill_tokens": sum(len(request.ids) for request in requests),
+            "decode_s": end - first,
+            "decode_tokens": sum(max(0, len(request.generated) - 1) for request in requests),
+        }
+        finished([
+            Completion(
+                text=out.text,
+                ids=tuple(out.ids),
+                prompt_ids=tuple(out.prompt_ids),
+                finish_reason="stop" if out.stopped else request.finish,
+                logprobs=tuple(out.logprobs),
+                schedule=request.session.schedule,
+                drug_seed=request.session.noise_seed % MAX_SEED,
+                seed=request.sampler.seed,
+                moved={site.letter: int(after - before) for site, after, before in
+                       zip(SITES.values(), request.session.moved, was, strict=True) if after > before},
+                timings=timings,
+            )
+            for request, out, was in zip(requests, outs, moved, strict=True)
+        ])  # fmt: skip
+
+
+class _Text:
+    """The text of one sequence as its tokens come."""
+
+    def __init__(self, prompt_ids, detokenizer, stops):
+        self.prompt_ids, self._detokenizer, self._stops = prompt_ids, detokenizer, stops
+        self.ids, self.logprobs, self.text, self.stopped = [], [], "", False
+
+    def push(self, choice, finish) -> str:
+        self.ids.append(choice.id)
+        if choice.logprob is not None:
+            self.logprobs.append((choice.id, choice.logprob, choice.top))
+        text = self._detokenizer.push(choice.id)
+        if finish:
+            text += self._detokenizer.flush()
+        text, self.stopped = self._stops.push(text)
+        if finish and not self.stopped:
+            text += self._stops.flush()
+        self.text += text
+        return text
+
+
+def _schedule(drug: Drug, drug_seed: int | None, index: int) -> tuple[Schedule, int]:
+    """A drug as given -> its schedule and the noise seed of sequence number `index`."""
+    schedule = SOBER if drug is None else Schedule.parse(drug)
+    return schedule, (_seed(drug_seed, "drug_seed") + index) % MAX_SEED
+
+
+def _seed(seed: int | None, name: str) -> int:
+    """The seed asked for, or a fresh one of 32 bits, short enough to type again."""
+    if seed is None:
+        return int.from_bytes(os.urandom(4), "little")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < MAX_SEED:
+        raise ConfigError(f"--{name.replace('_', '-')}: {seed!r} is not an integer in [0, 2**64)", name)
+    return seed
+
+
+def _share_prefix(session: Session, ids: Sequence[int]) -> None:
+    """Rewind a kept session to what it shares with this prompt, leaving at least one token to feed."""
+    shared = 0
+    while shared < min(session.pos, len(ids) - 1) and session.ids[shared] == ids[shared]:
+        shared += 1
+    try:
+        session.rewind(session.pos - shared)
+    except ValueError:  # the ring has moved on
+        session.reset()

@@ -1,0 +1,172 @@
+"""From a name to a running model: find it, check it, pack it, compile for it. And what it would take, without
+doing so."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tinydrug.api import Engine
+from tinydrug.engine.cache import RingCache
+from tinydrug.engine.runtime import Runtime
+from tinydrug.engine.threads import check_threads
+from tinydrug.errors import BadModelFile, ConfigError
+from tinydrug.formats.checkpoint import Checkpoint, open_checkpoint
+from tinydrug.formats.config import Config, Fields
+from tinydrug.formats.weights import QUANTS, Need, Weights, check, packed_bytes
+from tinydrug.hub import resolve
+from tinydrug.models import find_model
+from tinydrug.text.tokenizer import load_tokenizer
+
+log = logging.getLogger("tinydrug")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint holds and what running it would take, in bytes; nothing is loaded."""
+
+    path: str
+    model_type: str
+    config: Config
+    parameters: int
+    file_bytes: int
+    bytes_by_kind: dict[str, int]
+    weight_bytes: dict[str, int]  # resident, by --quant
+    cache_bytes_per_token: int  # at f16
+
+
+def load(
+    model: str | os.PathLike | None = None,
+    *,
+    quant: str = "none",
+    threads: int | None = None,
+    ctx: int | None = None,
+    cache: str = "f16",
+    chunk: int = 512,
+    mmap: bool = True,
+    check_tensors: bool = False,
+    pull: bool | None = None,
+    offline: bool = False,
+    ask: Callable[[str], bool] | None = None,
+    bars: bool = False,
+    progress: Callable[[str, float], None] | None = None,
+) -> Engine:
+    """Load a model by path or name; None is the default model, fetched on first use.
+
+    quant: none (as the file has it), f32, q8 or q4. threads: None for all this process may use. ctx:
+    tokens of context, 0 or None for the model's own. cache: f16 or f32. chunk: prompt tokens fed at once.
+    pull, offline, ask, bars: how a model that is not on disk is come by (hub.resolve). progress(phase,
+    share) is called for "load" and "compile".
+
+    Raises ModelNotFound, DownloadError, BadModelFile, UnsupportedModel, ConfigError.
+    """
+    if quant not in QUANTS:
+        raise ConfigError(f"--quant: {quant!r} is not one of {', '.join(QUANTS)}", "quant")
+    if cache not in ("f16", "f32"):
+        raise ConfigError(f"--cache-type: {cache!r} is not f16 or f32", "cache")
+    threads = check_threads(threads)
+    found = resolve(
+        None if model is None else os.fspath(model), pull=pull, offline=offline, ask=ask, progress=bars
+    )
+    start = time.perf_counter()
+    checkpoint = open_checkpoint(found.path, mmap=mmap)
+    tokenizer = load_tokenizer(checkpoint)
+    architecture, config, needs, tensors = _understand(checkpoint)
+    n_ctx = _context(ctx, config)
+    if check_tensors:
+        _check_finite(needs, tensors)
+    _check_memory(_weight_bytes(needs, tensors, quant), quant, checkpoint.path)
+    weights = Weights(needs, tensors, quant, threads, progress and (lambda share: progress("load", share)))
+    loaded = time.perf_counter()
+    runtime = Runtime(
+        config,
+        weights,
+        architecture,
+        threads=threads,
+        n_ctx=n_ctx,
+        cell=cache,
+        chunk=min(chunk, n_ctx),
+        progress=progress and (lambda share: progress("compile", share)),
+    )
+    timings = {"load_s": loaded - start, "compile_s": time.perf_counter() - loaded}
+    return Engine(runtime, tokenizer, found.name, found.source, timings)
+
+
+def inspect(path: str | os.PathLike) -> Inspection:
+    """Sizes and memory needed, from headers alone. Raises BadModelFile, UnsupportedModel."""
+    checkpoint = open_checkpoint(Path(path))
+    _, config, needs, tensors = _understand(checkpoint)
+    per_token = RingCache.nbytes(config, 64, "f16") // 64
+    return Inspection(
+        path=str(path),
+        model_type=config.model_type,
+        config=config,
+        parameters=checkpoint.n_parameters,
+        file_bytes=checkpoint.nbytes,
+        bytes_by_kind=checkpoint.bytes_by_kind,
+        weight_bytes={quant: _weight_bytes(needs, tensors, quant) for quant in QUANTS},
+        cache_bytes_per_token=per_token,
+    )
+
+
+def _understand(checkpoint: Checkpoint):
+    """The architecture, its config, what it needs and the tensors it finds, all checked against each other.
+    The architecture, its config, what it needs and the tensors it finds, all checked against each other."""
+    architecture = find_model(checkpoint.config, checkpoint.path)
+    tensors = architecture.tensors(checkpoint.tensors)
+    config = architecture.config(Fields(checkpoint.config, checkpoint.path), tensors)
+    needs = architecture.needs(config, checkpoint.metadata is not None)
+    check(needs, tensors, checkpoint.path)
+    used = {name for need in needs.values() for name in (need.source, need.bias)}
+    extra = [name for name in tensors if name not in used and not name.endswith(architecture.IGNORED)]
+    if extra:
+        log.warning("%s: %d tensors are not used: %s", checkpoint.path, len(extra), ", ".join(extra[:5]))
+    return architecture, config, needs, tensors
+
+
+def _context(ctx: int | None, config: Config) -> int:
+    """Tokens of context: what is asked for, else what the model was trained for."""
+    if not ctx:
+        return config.max_seq_len
+    if isinstance(ctx, bool) or not isinstance(ctx, int) or ctx < 1:
+        raise ConfigError(f"--ctx-size: {ctx!r} is not a number of tokens (0: the model's own)", "ctx")
+    if ctx > config.max_seq_len:
+        if config.rope is None:
+            raise ConfigError(
+                f"--ctx-size: {ctx} is more than the {config.max_seq_len} positions this model has", "ctx"
+            )
+        log.warning(
+            "a context of %d tokens is more than the model was trained for (%d)", ctx, config.max_seq_len
+        )
+    return ctx
+
+
+def _check_finite(needs: dict[str, Need], tensors) -> None:
+    """BadModelFile naming the first tensor with a NaN or an infinity."""
+    for name in dict.fromkeys(name for need in needs.values() for name in (need.source, need.bias) if name):
+        bad = np.count_nonzero(~np.isfinite(tensors[name].float32()))
+        if bad:
+            raise BadModelFile(tensors[name].path, f"{bad} values are NaN or infinite", name)
+        tensors[name].release()
+
+
+def _weight_bytes(needs: dict[str, Need], tensors, quant: str) -> int:
+    return sum(packed_bytes(need, tensors[need.source], quant) for need in dict.fromkeys(needs.values()))
+
+
+def _check_memory(needed: int, quant: str, path) -> None:
+    """Refuse what cannot fit the machine at all; less is the system's to manage."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return
+    if needed > total:
+        raise ConfigError(
+            f"{path}: the weights take {needed / 1e9:.1f} GB with --quant {quant}, and this machine has "
+            f"{total / 1e9:.1f}: try --quant q4",
+            "quant",
+        )
