@@ -14,8 +14,8 @@ class FakeHub:
     """`with FakeHub() as hub:` serves `repos` {id: {file: bytes}} and `wheels` {file: bytes} at `url`.
 
     `faults` {file: fault} spoils the GET of a file: "stall" sends half of it, sets `stalled` and waits for
-    `release`; "cut" sends half and hangs up, once; a number is an HTTP status. Who wants a repository in `gated`
-    is refused; `sizes` {file: bytes} is what the hub claims. `log` has every request as "METHOD /path".
+    `release`; "cut" sends half and hangs up, once; a number is an HTTP status. A repository in `gated` is
+    refused; `sizes` {file: bytes} is what the hub claims. `log` has every request as "METHOD /path".
     """
 
     def __init__(self):

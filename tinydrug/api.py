@@ -168,7 +168,7 @@ class Engine:
         template = template or self.tokenizer.chat_template
         if template is None:
             raise PromptError(
-                f"{self.name} has no chat template: give one with --chat-template, or prompt it as a base model"
+                f"{self.name} has no chat template: give --chat-template, or prompt it as a base model"
             )
         return render(template, list(messages), tokens=self.tokenizer.special_tokens)
 
@@ -188,7 +188,7 @@ class Engine:
         return ids
 
     def session(self, drug: Drug = None, drug_seed: int | None = None) -> Session:
-        """A sequence to keep: pass it to `stream` and only what is new in a prompt is read."""
+        """A sequence to keep: pass it to `stream`, and only what is new in a prompt is read."""
         return Session(self.runtime, *_schedule(drug, drug_seed, 0))
 
     # --- generation -----------------------------------------------------------------------------------------
@@ -219,8 +219,8 @@ class Engine:
         drug: Drug | Sequence[Drug] = None,
         **options,
     ) -> Completion | list[Completion]:
-        """Continue one prompt, or several in one forward pass a token (then a list comes back); `options` are the
-        fields of Options.
+        """Continue one prompt, or several in one forward pass a token (then a list comes back); `options` are
+        the fields of Options.
 
         With `prompts`, `drug` is one schedule for all or a list of one each; sequence i uses noise seed
         drug_seed + i and sampler seed + i, unless its schedule has a seed of its own.

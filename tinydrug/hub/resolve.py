@@ -75,9 +75,10 @@ def resolve(
 
 
 def shown(path: Path) -> str:
-    """A path as a person at this prompt would write it: relative below the working folder."""
+    """A path as a person at this prompt would write it: relative below the working folder, on one line."""
     absolute, here = Path(os.path.abspath(path)), Path.cwd()
-    return str(absolute.relative_to(here)) if here in absolute.parents else str(path)
+    text = str(absolute.relative_to(here) if here in absolute.parents else path)
+    return text if text.isprintable() else ascii(text)
 
 
 def _openable(path: Path) -> Path:
@@ -170,14 +171,13 @@ def _size(model: Model) -> str:
 
 def _nearest(name: str) -> str:
     """The command with the known names most like this one, else what there is to choose from."""
-    models, folder = read_table().models, home()
-    own = [entry for entry in cache.listing(folder) if entry.endswith(".gguf") or (folder / entry).is_dir()]
+    models = read_table().models
+    own = [entry for entry in cache.listing(home()) if NAME.fullmatch(entry) and _own(entry)]
     repos = [model.source.repo for model in models.values() if isinstance(model.source, Repo)]
     parent = os.path.dirname(name)
     beside = [os.path.join(parent, entry) for entry in cache.listing(Path(parent))] if parent else []
-    known = {
-        known.lower(): known for known in sorted({*models, *own, *repos, *cache.cached_repos(), *beside})
-    }
-    if near := [known[lower] for lower in difflib.get_close_matches(name.lower(), known)]:
+    names = sorted({*models, *own, *repos, *cache.cached_repos(), *filter(str.isprintable, beside)})
+    lowered = {known.lower(): known for known in names}
+    if near := [lowered[known] for known in difflib.get_close_matches(name.lower(), lowered)]:
         return f"Did you mean {' or '.join(near)}? tinydrug --model {shlex.quote(near[0])}"
     return f"tinydrug --model takes a file, a folder, ORG/NAME, or one of {', '.join(models)}"

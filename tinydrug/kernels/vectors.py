@@ -58,7 +58,7 @@ class _RegisterModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, _llvm(fe_type))
 
 
-F, I, M = Vec("f32", LANES), Vec("i32", LANES), Vec("i1", LANES)  # floats, ints, mask
+F, I, M = Vec("f32", LANES), Vec("i32", LANES), Vec("i1", LANES)  # noqa: E741 - floats, ints, mask
 B = Vec("i8", 4 * LANES)  # bytes: four a lane
 address, f32, s32, void = types.int64, types.float32, types.int32, types.void
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from itertools import takewhile
 from pathlib import Path
 from reprlib import repr as short
 
@@ -14,6 +13,7 @@ from tinydrug.text.tokenizers_backend import TokenizersBackend
 MAX_BYTES = 256 << 20  # of one file; the largest tokenizers are a tenth of that
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # unless a file says otherwise
+TEXT = None  # its place in a post-processor's template
 MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")  # transformers 4 and 5
 
 
@@ -31,12 +31,9 @@ def folder_tokenizer(path, folder: Path | None, config: dict, eos_ids: frozenset
     backend, prefix, suffix = FILES[file.name](file, content, options)
     for name in ("bos_token", "eos_token"):
         token_id = config.get(f"{name}_id")
-        if (
-            name not in options.named
-            and type(token_id) is int
-            and (token := backend.token(token_id)) is not None
-        ):
-            options.named[name] = token
+        token = backend.token(token_id) if type(token_id) is int else None
+        if token is not None:
+            options.named.setdefault(name, token)
     named = {name: token for name, token in options.named.items() if token is not None}
     named_ids = {name: backend.token_id(token) for name, token in named.items()}
     return Tokenizer(
@@ -56,10 +53,7 @@ def _tokenizer_json(file: Path, content: bytes, options: "_Options"):
 
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        sample = tokenizer.encode("a")  # its post-processor is the rule for BOS and EOS
-    except BaseException as error:  # tokenizers has no narrower type, and its panics are no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+    except Exception as error:  # tokenizers raises nothing narrower
         raise BadModelFile(file, f"not a tokenizer: {error}") from None
     if options.get("clean_up_tokenization_spaces", bool, False) and type(tokenizer.model).__name__ != "BPE":
         raise UnsupportedModel(
@@ -73,11 +67,27 @@ def _tokenizer_json(file: Path, content: bytes, options: "_Options"):
             if tokenizer.token_to_id(token) is not None  # one more would have no row in the model's embedding
         ]
     )
-    backend = TokenizersBackend(tokenizer, file)
-    added = list(zip(sample.ids, sample.special_tokens_mask, strict=True))
-    prefix = [token_id for token_id, _ in takewhile(lambda pair: pair[1], added)]
-    suffix = [token_id for token_id, _ in takewhile(lambda pair: pair[1], reversed(added[len(prefix) :]))]
-    return backend, tuple(prefix), tuple(reversed(suffix))
+    return TokenizersBackend(tokenizer, file), *_ends(file, tokenizer.post_processor)
+
+
+def _ends(file: Path, processor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that a post-processor of the tokenizers library puts before and after a text."""
+    state = json.loads(processor.__getstate__()) if processor else {"type": "ByteLevel"}
+    prefix, suffix = (), ()
+    for stage in state["processors"] if state["type"] == "Sequence" else [state]:
+        if stage["type"] == "TemplateProcessing":
+            ids = {name: tuple(token["ids"]) for name, token in stage["special_tokens"].items()}
+            names = [
+                part["SpecialToken"]["id"] if "SpecialToken" in part else TEXT for part in stage["single"]
+            ]
+            if TEXT not in names or not {*names} <= {TEXT, *ids}:
+                raise BadModelFile(file, "its post_processor names tokens that it does not define")
+            text = names.index(TEXT)
+            prefix = sum((ids[name] for name in names[:text]), ()) + prefix
+            suffix += sum((ids[name] for name in names[text + 1 :]), ())
+        elif stage["type"] != "ByteLevel":
+            raise UnsupportedModel(f"{file}: unknown kind of post_processor {stage['type']}")
+    return prefix, suffix
 
 
 def _tokenizer_model(file: Path, content: bytes, options: "_Options"):
@@ -140,14 +150,11 @@ class _Options:
         if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
             value = {entry.get("name"): entry.get("template") for entry in value}
         templates = {"default": value} if isinstance(value, str) else value
-        if not isinstance(templates, dict) or not all(
-            isinstance(text, str) for pair in templates.items() for text in pair
-        ):
+        texts = [*templates, *templates.values()] if isinstance(templates, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
             raise self._bad("chat_template", value)
-        files = {"default": self._folder / "chat_template.jinja"}
-        files |= {
-            file.stem: file for file in sorted((self._folder / "additional_chat_templates").glob("*.jinja"))
-        }
+        more = sorted((self._folder / "additional_chat_templates").glob("*.jinja"))
+        files = {"default": self._folder / "chat_template.jinja"} | {file.stem: file for file in more}
         return templates | {name: _read_text(file) for name, file in files.items() if file.exists()}
 
     def _id(self, text: str) -> int:
@@ -191,8 +198,9 @@ def _read_text(file: Path) -> str:
 
 def _read_json(file: Path) -> dict:
     """The object in a file, an empty one if there is no file."""
+    text = _read_text(file) if file.exists() else "{}"
     try:
-        value = json.loads(_read_text(file)) if file.exists() else {}
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadModelFile(file, f"not valid JSON: {error}") from None
     if not isinstance(value, dict):
