@@ -1,5 +1,4 @@
-"""From a name to a running model: find it, check it, pack it, compile for it. And what it would take, without
-doing so."""
+"""From a name to a running model: find it, check it, pack it, compile. And what that would take, undone."""
 
 import logging
 import os
@@ -114,8 +113,7 @@ def inspect(path: str | os.PathLike) -> Inspection:
 
 
 def _understand(checkpoint: Checkpoint):
-    """The architecture, its config, what it needs and the tensors it finds, all checked against each other.
-    The architecture, its config, what it needs and the tensors it finds, all checked against each other."""
+    """The architecture, its config, what it needs and the tensors it finds, all checked against each other."""
     architecture = find_model(checkpoint.config, checkpoint.path)
     tensors = architecture.tensors(checkpoint.tensors)
     config = architecture.config(Fields(checkpoint.config, checkpoint.path), tensors)

@@ -257,10 +257,14 @@ def make_spm() -> dict:
     special = ["<s>", "<tool>", "<extra>"]
     found = {"legacy": by_transformers(llama_spm_by_transformers(model, added, True), special)}
     found["not legacy"] = by_transformers(llama_spm_by_transformers(model, added, False), special)
-    for label, text in enumerate(TEXTS):
+    newer = found["not legacy"]
+    for index, text in enumerate(TEXTS):
         if text.startswith((" ", "\u2581")):  # Metaspace gives no second space here, SentencePiece always did
-            found["not legacy"]["texts"][label] = [1, *model.encode(text)]
-            found["not legacy"]["decoded"][label] = text.replace("\u2581", " ")
+            newer["texts"][index] = [1, *model.encode(text)]
+            newer["decoded"][index] = text.replace("\u2581", " ")
+    kept = [index for index, case in enumerate(newer["mixed"]) if not case["text"].startswith(" ")]
+    for key in ("mixed", "mixed_decoded", "mixed_decoded_special"):
+        newer[key] = [newer[key][index] for index in kept]
     return found
 
 
@@ -339,32 +343,27 @@ def digest(ids: list[int]) -> dict:
     return {"n": len(ids), "sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest()}
 
 
-def make_chat(smollm2: Path) -> list[dict]:
+def make_chat(smollm2: Path) -> dict:
     """Every template over every conversation, rendered by transformers' apply_chat_template."""
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=train_bpe(), **names)
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_object=train_bpe(), **names)
     real = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-    tokens = {"smollm2": real.special_tokens_map}
+    templates = [(name, plain, template) for name, template in CHAT_TEMPLATES.items()]
+    templates += [("smollm2", real, real.chat_template)]
     cases = []
-    for name, template in (CHAT_TEMPLATES | {"smollm2": real.chat_template}).items():
+    for name, tokenizer, template in templates:
+        rendered = []
         for conversation, messages in MESSAGES.items():
             for prompt in (True, False):
-                one = real if name == "smollm2" else tokenizer
+                options = {"tokenize": False, "add_generation_prompt": prompt, "kind": "é"}
                 try:
-                    rendered = one.apply_chat_template(
-                        messages,
-                        chat_template=template,
-                        tokenize=False,
-                        add_generation_prompt=prompt,
-                        kind="é",
-                    )
-                except jinja2.TemplateError as error:  # the template's own refusal
-                    rendered = None
-                    print(f"{name}, {conversation}: {error}")
-                given = tokens.get(name, names)
-                cases.append([name, template, conversation, prompt, given, rendered])
-    keys = ("name", "template", "messages", "add_generation_prompt", "tokens", "rendered")
-    return [dict(zip(keys, case, strict=True)) for case in cases]
+                    text = tokenizer.apply_chat_template(messages, chat_template=template, **options)
+                except jinja2.TemplateError:  # the template refuses the conversation
+                    text = None
+                rendered.append([conversation, prompt, text])
+        named = {key: text for key, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+        cases.append({"name": name, "template": template, "tokens": named, "rendered": rendered})
+    return {"messages": MESSAGES, "kwargs": {"kind": "é"}, "cases": cases}
 
 
 def write(name: str, value) -> None:
@@ -384,7 +383,7 @@ def main() -> None:
         write("text_ids.json", {"texts": TEXTS, "bpe": make_bpe(), "spm": make_spm()})
         write("text_gguf.json", make_gguf(llama))
         write("text_real.json", make_real(llama, options.smollm2, options.stories, wikitext))
-    write("text_chat.json", {"messages": MESSAGES, "cases": make_chat(options.smollm2)})
+    write("text_chat.json", make_chat(options.smollm2))
 
 
 if __name__ == "__main__":

@@ -77,6 +77,12 @@ class Runtime:
     def threads(self) -> int:
         return self._team.threads
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that decoding one token reads: every matrix once, of the embedding one row."""
+        used = {step.weight.row for step in self._program.steps if step.weight and step.operands.get("x")}
+        return sum(self.weights.nbytes_of(row) for row in used)
+
     def new_cache(self) -> RingCache:
         return RingCache(self.config, self.slots, self.cell)
 

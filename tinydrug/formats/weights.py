@@ -111,6 +111,11 @@ class Weights:
         """Bytes of memory all weights take."""
         return sum(area.nbytes for area in self._memory)
 
+    def nbytes_of(self, row: int) -> int:
+        """Bytes of one weight's panels and scales."""
+        addresses = {int(self.table[row]["data"]), int(self.table[row]["scales"])}
+        return sum(area.nbytes for area in self._memory if area.ctypes.data in addresses)
+
     def _keep(self, area: np.ndarray) -> int:
         self._memory.append(area)
         return area.ctypes.data
@@ -150,6 +155,8 @@ class Weights:
         kind, data = tensor.kind, tensor.data
         if through_floats:
             kind, data = "f32", np.ascontiguousarray(tensor.float32()).reshape(-1).view(np.uint8)
+        elif data.ctypes.data % max(1, _ELEMENT.get(kind, 1)):
+            data = data.copy()  # a safetensors file may put its data at any byte
         layout = FORMATS[format_]
         available = tensor.shape[1] if need.transposed else tensor.shape[0]
         rows = _row_map(need, available)

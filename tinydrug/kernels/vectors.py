@@ -513,6 +513,11 @@ def tile_ints(b, t):
     return _rowwise(b, t, lambda r, _: _const(I, 0))
 
 
+@op(lambda t: Tile(F, t.r)(t))
+def tile_as_floats(b, t):
+    return _rowwise(b, t, lambda r, x: b.sitofp(x, _llvm(F)))
+
+
 def _dot4_vnni(b, acc, w, x):
     return _call(b, "llvm.x86.avx512.vpdpbusd.512", acc.type, [acc, w, x])
 

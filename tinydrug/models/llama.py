@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from tinydrug.errors import UnsupportedModel
-from tinydrug.formats.config import Config, Fields, Rope
+from tinydrug.formats.config import Config, Fields
 from tinydrug.formats.tensor import Tensor
 from tinydrug.formats.weights import Need, padded
 from tinydrug.models.program import Program, Value
@@ -75,13 +75,6 @@ def config(fields: Fields, tensors: dict[str, Tensor]) -> Config:
         raise UnsupportedModel(
             f"{fields.path}: {c.n_heads} heads over {c.n_kv_heads} kv heads of width {c.head_dim}: "
             "the heads must divide, the width must be even"
-        )
-    if "rope_freqs.weight" in tensors:  # Llama 3 as GGUF: the scaling comes as a tensor
-        c = replace(
-            c,
-            rope=Rope(
-                c.rope.rope_theta, "factors", {"factors": tensors["rope_freqs.weight"].float32().tolist()}
-            ),
         )
     check_rope(c, fields.path)
     return c

@@ -14,6 +14,8 @@ MAX_BYTES = 256 << 20  # of one file; the largest tokenizers are a tenth of that
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # unless a file says otherwise
 TEXT = None  # its place in a post-processor's template
+FLAGS = ("special", "lstrip", "rstrip", "single_word")  # of an added token
+SETTINGS = ("legacy", "add_prefix_space", "added_tokens_decoder")  # that decide which ids a text gets
 MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")  # transformers 4 and 5
 
 
@@ -44,7 +46,7 @@ def folder_tokenizer(path, folder: Path | None, config: dict, eos_ids: frozenset
         suffix=suffix,
         special_tokens=named,
         chat_templates=options.chat_templates(),
-        source=[file.name, hashlib.sha256(content).hexdigest(), str(options.added)],
+        source=[file.name, hashlib.sha256(content).hexdigest(), options.settings],
     )
 
 
@@ -54,7 +56,7 @@ def _tokenizer_json(file: Path, content: bytes, options: "_Options"):
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises nothing narrower
-        raise BadModelFile(file, f"not a tokenizer: {error}") from None
+        raise BadModelFile(file, f"not a tokenizer: {' '.join(str(error).split())}") from None
     if options.get("clean_up_tokenization_spaces", bool, False) and type(tokenizer.model).__name__ != "BPE":
         raise UnsupportedModel(
             f"{file}: clean_up_tokenization_spaces is for WordPiece; set it to false in tokenizer_config.json"
@@ -116,7 +118,7 @@ class _Options:
 
     `named`: "bos_token" -> its text, or None where a file says that there is none. `added`: the
     added_tokens_decoder; only without one does the map count, as in transformers. `special`: texts of the
-    tokens that decoding skips.
+    tokens that decoding skips. `settings`: the fields that decide which ids a text gets.
     """
 
     def __init__(self, folder: Path):
@@ -136,6 +138,7 @@ class _Options:
         self.special = {token.content for token in self.added.values() if token.special}
         self.special |= {self._text(MORE_SPECIAL[0], token) for token in more} | {*self.named.values()}
         self.special.discard(None)
+        self.settings = {name: self._fields.get(name) for name in SETTINGS}
 
     def get(self, name: str, kind: type, default):
         """A field of this kind."""
@@ -163,8 +166,10 @@ class _Options:
         return int(text)
 
     def _added_token(self, fields) -> AddedToken:
+        if not isinstance(fields, dict):
+            raise self._bad("added_tokens_decoder", fields)
         content = self._text("added_tokens_decoder", fields)
-        flags = {name: fields.get(name, False) for name in ("special", "lstrip", "rstrip", "single_word")}
+        flags = {name: fields.get(name, False) for name in FLAGS}
         if not content or not all(isinstance(flag, bool) for flag in flags.values()):
             raise self._bad("added_tokens_decoder", fields)
         return AddedToken(content, **flags)

@@ -84,7 +84,7 @@ def _byte_level(fields: "_Fields") -> tuple[TokenizersBackend, bool]:
     try:
         model = models.BPE(vocab=fields.ids, merges=merges, ignore_merges=pre.ignore_merges)
     except Exception as error:  # tokenizers raises nothing narrower
-        raise BadModelFile(fields.path, f"tokenizer.ggml.merges: {error}") from None
+        raise BadModelFile(fields.path, f"tokenizer.ggml.merges: {' '.join(str(error).split())}") from None
     tokenizer = tokenizers.Tokenizer(model)
     cuts = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in pre.patterns]
     alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -105,7 +105,10 @@ def _sentencepiece(fields: "_Fields") -> tuple[SentencePieceBackend, bool]:
     unknown = fields.token_id("unknown_token_id") or 0
     types = [CONTROL if kind == UNKNOWN else kind for kind in fields.types]
     types[unknown] = UNKNOWN  # SentencePiece wants exactly one
-    proto = sentencepiece_model(fields.tokens, scores, types)
+    try:
+        proto = sentencepiece_model(fields.tokens, scores, types)
+    except OverflowError:
+        raise BadModelFile(fields.path, "tokenizer.ggml.scores: a score is larger than any float32") from None
     added = {
         token_id: AddedToken(token, special=False)
         for token_id, (token, kind) in enumerate(zip(fields.tokens, fields.types, strict=True))

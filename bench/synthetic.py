@@ -1,0 +1,120 @@
+"""Checkpoints with random weights at real shapes: for speed and memory, where what the model says does not
+matter."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quant_shape_to_byte_shape
+
+from bench.shapes import Shape
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+SCALE_BYTES = {"Q8_0": (34, 127.0), "Q4_0": (18, 8.0)}  # of a block of 32, and what its largest value is
+
+
+def random_blocks(rng, shape: tuple[int, int], kind: str) -> np.ndarray:
+    """Random quantised rows: uniform codes, scales that give weights of about 0.02."""
+    size, top = SCALE_BYTES[kind]
+    blocks = np.frombuffer(rng.bytes(shape[0] * shape[1] // 32 * size), np.uint8).reshape(-1, size).copy()
+    blocks[:, :2] = np.frombuffer(np.float16(0.035 / top).tobytes(), np.uint8)
+    return blocks.reshape(shape[0], -1)
+
+
+def write_gguf(shape: Shape, kind: str, head: str, path: Path) -> Path:
+    """A Llama GGUF with matrices of `kind` and an untied embedding and head of kind `head`."""
+    rng = np.random.default_rng(0)
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(8192)
+    writer.add_embedding_length(shape.D)
+    writer.add_block_count(shape.L)
+    writer.add_feed_forward_length(shape.F)
+    writer.add_head_count(shape.H)
+    writer.add_head_count_kv(shape.G)
+    writer.add_rope_dimension_count(shape.d)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("llama")
+    words = ["<unk>", "<s>", "</s>", *[f"<0x{i:02X}>" for i in range(256)]]
+    words += [f"▁w{i}" for i in range(shape.V - len(words))]
+    writer.add_token_list(words)
+    writer.add_token_scores([float(-i) for i in range(shape.V)])
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (shape.V - 259)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+    def matrix(name, size, how):
+        data = random_blocks(rng, size, how)
+        kind = GGMLQuantizationType[how]
+        assert quant_shape_to_byte_shape(size, kind) == data.shape
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+
+    matrix("token_embd", (shape.V, shape.D), head)
+    matrix("output", (shape.V, shape.D), head)
+    writer.add_tensor("output_norm.weight", np.ones(shape.D, np.float32))
+    for i in range(shape.L):
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(shape.D, np.float32))
+        for name, size in shape.matrices().items():
+            matrix(f"blk.{i}.{GGUF_NAMES[name]}", size, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_safetensors(shape: Shape, folder: Path, shard_layers: int = 8) -> Path:
+    """A Mistral folder in bf16, in shards; written by hand, since NumPy has no bf16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    pattern = (rng.standard_normal(1 << 22, np.float32) * 0.02).view(np.uint32) >> 16  # bf16 by truncation
+    pattern = pattern.astype(np.uint16).tobytes()
+    head = {"model.embed_tokens": (shape.V, shape.D), "lm_head": (shape.V, shape.D), "model.norm": (shape.D,)}
+    shards = [head]
+    for first in range(0, shape.L, shard_layers):
+        shard = {}
+        for i in range(first, min(first + shard_layers, shape.L)):
+            shard |= {f"model.layers.{i}.{name}": size for name, size in shape.matrices().items()}
+            shard |= {
+                f"model.layers.{i}.{name}": (shape.D,)
+                for name in ("input_layernorm", "post_attention_layernorm")
+            }
+        shards.append(shard)
+    names = {}
+    for number, shard in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        header, at = {}, 0
+        for name, size in shard.items():
+            nbytes = 2 * int(np.prod(size))
+            header[f"{name}.weight"] = {"dtype": "BF16", "shape": size, "data_offsets": [at, at + nbytes]}
+            names[f"{name}.weight"] = file
+            at += nbytes
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for size in shard.values():
+                left = 2 * int(np.prod(size))
+                if len(size) == 1:  # norms: ones
+                    out.write(b"\x80\x3f" * size[0])
+                    continue
+                while left:
+                    left -= out.write(pattern[: min(left, len(pattern))])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_size": shape.D,
+        "num_hidden_layers": shape.L, "num_attention_heads": shape.H, "num_key_value_heads": shape.G,
+        "intermediate_size": shape.F, "vocab_size": shape.V, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "max_position_embeddings": 32768, "sliding_window": 4096, "hidden_act": "silu",
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+    }))  # fmt: skip
+    return folder
