@@ -117,4 +117,12 @@ def write_safetensors(shape: Shape, folder: Path, shard_layers: int = 8) -> Path
         "max_position_embeddings": 32768, "sliding_window": 4096, "hidden_act": "silu",
         "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
     }))  # fmt: skip
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import ByteLevel
+    from tokenizers.models import WordLevel
+
+    words = {f"w{i}": i for i in range(shape.V)} | {"<unk>": 0}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.decoder = ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder

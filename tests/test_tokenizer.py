@@ -92,6 +92,22 @@ def test_every_pre_tokenizer_has_golden_ids():
     assert set(PRE_TOKENIZERS.values()) == {PRE_TOKENIZERS[name] for name in GGUF["cuts"]}
 
 
+def test_words_that_no_merge_makes():
+    tokens, types = (
+        GGUF["bpe_metadata"]["tokenizer.ggml.tokens"],
+        GGUF["bpe_metadata"]["tokenizer.ggml.token_type"],
+    )
+    fields = {"tokens": [*tokens, "zebra"], "token_type": [*types, 1], "add_bos_token": False}
+    assert load(metadata=gguf(pre="llama-bpe", **fields)).encode("zebra") == [801]
+    assert 801 not in load(metadata=gguf(pre="dbrx", **fields)).encode("zebra")
+
+
+def test_user_defined_tokens_are_not_special():
+    for tokenizer, token_id in ((load(metadata=gguf()), 800), (load(metadata=gguf("spm")), 4)):
+        assert tokenizer.encode("<tool>", bos=False, special=False) == [token_id]
+        assert tokenizer.decode([token_id]) == "<tool>"
+
+
 def test_gguf_sentencepiece_equals_llama_cpp():
     tokenizer = load(metadata=gguf("spm"))
     for text, ids in zip(TEXTS, GGUF["spm"], strict=True):
@@ -443,7 +459,9 @@ BAD_GGUF = [
     ({"model": "t5"}, UnsupportedModel, "gpt2, llama"),
     ({"model": None}, UnsupportedModel, "tokenizer.ggml.model"),
     ({"pre": "nonsense"}, UnsupportedModel, "smollm"),
-    ({"pre": 5}, UnsupportedModel, "llama-bpe"),
+    ({"pre": 5}, BadModelFile, "tokenizer.ggml.pre"),
+    ({"model": ["gpt2"]}, BadModelFile, "tokenizer.ggml.model"),
+    ({"tokens": []}, BadModelFile, "empty"),
     ({"tokens": "abc"}, BadModelFile, "tokens"),
     ({"tokens": ["a", 1]}, BadModelFile, "tokens"),
     ({"tokens": ["a", "b", "a"]}, BadModelFile, "'a' stands twice"),

@@ -147,10 +147,10 @@ def train_spm() -> bytes:
 
 def llama_spm_by_transformers(model: sentencepiece.SentencePieceProcessor, added: dict, legacy: bool):
     """transformers' Llama tokenizer over this model's pieces; legacy as LlamaConverter makes it."""
-    vocab = {model.id_to_piece(i): i for i in range(model.piece_size())}
-    fast = transformers.LlamaTokenizer(
-        vocab=vocab, merges=generate_merges(vocab), legacy=legacy, add_bos_token=True
-    )
+    pieces = [model.id_to_piece(i) for i in range(model.piece_size())]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    merges = generate_merges(vocab, {piece: model.get_score(i) for i, piece in enumerate(pieces)})
+    fast = transformers.LlamaTokenizer(vocab=vocab, merges=merges, legacy=legacy, add_bos_token=True)
     if legacy:
         fast.backend_tokenizer.normalizer = normalizers.Sequence(
             [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]

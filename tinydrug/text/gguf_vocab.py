@@ -1,22 +1,15 @@
 """The tokenizer inside a GGUF file: a byte-level BPE vocabulary ("gpt2") or a SentencePiece one ("llama")."""
 
 import logging
-import struct
 from reprlib import repr as short
 
 from tinydrug.errors import BadModelFile, UnsupportedModel
 from tinydrug.text.pretokenizers import PRE_TOKENIZERS
 from tinydrug.text.sentencepiece_backend import AddedToken, SentencePieceBackend
+from tinydrug.text.sentencepiece_proto import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, sentencepiece_model
 from tinydrug.text.tokenizer import Tokenizer
 from tinydrug.text.tokenizers_backend import TokenizersBackend
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = (
-    1,
-    2,
-    3,
-    4,
-    6,
-)  # token types, the same in GGUF and SentencePiece
 NAMED = {  # name in templates -> key of its id
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -47,7 +40,7 @@ def gguf_tokenizer(path, metadata: dict, eos_ids: frozenset[int]) -> Tokenizer:
     BadModelFile (fields missing or inconsistent), UnsupportedModel (tokenizer model or pre-tokenizer).
     """
     fields = _Fields(path, metadata)
-    model = metadata.get("tokenizer.ggml.model")
+    model = fields.text("model")
     if model not in MODELS:
         known = ", ".join(MODELS)
         raise UnsupportedModel(f"{path}: unknown tokenizer.ggml.model {short(model)}: known are {known}")
@@ -72,7 +65,7 @@ def _byte_level(fields: "_Fields") -> tuple[TokenizersBackend, bool]:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    name = fields.metadata.get("tokenizer.ggml.pre")
+    name = fields.text("pre")
     if name is None:
         logger.warning("%s: no tokenizer.ggml.pre: an old file; words may be cut wrongly", fields.path)
         name = "default"
@@ -101,7 +94,7 @@ def _byte_level(fields: "_Fields") -> tuple[TokenizersBackend, bool]:
 
 
 def _sentencepiece(fields: "_Fields") -> tuple[SentencePieceBackend, bool]:
-    scores = fields.array("scores", (int, float), len(fields.tokens))
+    scores = fields.array("scores", int, float, length=len(fields.tokens))
     unknown = fields.token_id("unknown_token_id") or 0
     types = [CONTROL if kind == UNKNOWN else kind for kind in fields.types]
     types[unknown] = UNKNOWN  # SentencePiece wants exactly one
@@ -116,36 +109,6 @@ def _sentencepiece(fields: "_Fields") -> tuple[SentencePieceBackend, bool]:
     }
     prefix_space = fields.flag("add_space_prefix", True)
     return SentencePieceBackend(proto, fields.path, added=added, prefix_space=prefix_space), True
-
-
-def sentencepiece_model(tokens, scores, types, remove_extra_whitespaces: bool = False) -> bytes:
-    """A SentencePiece BPE model (sentencepiece_model.proto, ModelProto) that normalizes nothing."""
-    model = bytearray()
-    for token, score, kind in zip(tokens, scores, types, strict=True):
-        text = token.encode()
-        piece = _bytes(1, text) + struct.pack("<Bf", 2 << 3 | 5, score) + _number(3, kind)
-        model += _bytes(1, piece)
-    byte_fallback = list(types).count(BYTE) == 256  # sentencepiece wants all or none
-    trainer = _number(3, 2) + _number(35, byte_fallback)  # model_type BPE
-    normalizer = _bytes(1, b"identity") + _number(3, True) + _number(4, remove_extra_whitespaces)
-    return bytes(model + _bytes(2, trainer) + _bytes(3, normalizer))
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
-
-
-def _bytes(field: int, value: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
 
 
 def _chat_templates(path, metadata: dict) -> dict[str, str]:
@@ -166,35 +129,38 @@ class _Fields:
         self.path, self.metadata = path, metadata
         self.tokens = self.array("tokens", str)
         self.ids = {token: token_id for token_id, token in enumerate(self.tokens)}
-        if len(self.ids) != len(self.tokens):
-            twice = next(token for token_id, token in enumerate(self.tokens) if self.ids[token] != token_id)
-            raise BadModelFile(path, f"tokenizer.ggml.tokens: {short(twice)} stands twice")
+        if not self.tokens or len(self.ids) != len(self.tokens):
+            twice = [token for token_id, token in enumerate(self.tokens) if self.ids[token] != token_id]
+            reason = f"{short(twice[0])} stands twice" if twice else "empty"
+            raise BadModelFile(path, f"tokenizer.ggml.tokens: {reason}")
         self.types = [NORMAL] * len(self.tokens)
         if "tokenizer.ggml.token_type" in metadata:
-            self.types = self.array("token_type", int, len(self.tokens))
-        if not {*self.types} <= {*range(BYTE + 1)}:
-            raise BadModelFile(
-                path, f"tokenizer.ggml.token_type: types are 0 to {BYTE}, got {max(self.types)}"
-            )
+            self.types = self.array("token_type", int, length=len(self.tokens))
+        if not 0 <= min(self.types) <= max(self.types) <= 6:
+            raise BadModelFile(path, "tokenizer.ggml.token_type: a type is not 0 to 6")
 
-    def array(self, key: str, kind, length: int | None = None) -> list:
-        """A list of values of one kind, of this length."""
+    def array(self, key: str, *kinds: type, length: int | None = None) -> list:
+        """A list of values of these kinds, of this length."""
         value = self.metadata.get(f"tokenizer.ggml.{key}")
-        if not isinstance(value, list) or not {*map(type, value)} <= {
-            *(kind if isinstance(kind, tuple) else (kind,))
-        }:
+        if not isinstance(value, list) or not {*map(type, value)} <= {*kinds}:
             raise BadModelFile(self.path, f"tokenizer.ggml.{key}: missing, or not the list that it should be")
         if length is not None and len(value) != length:
             raise BadModelFile(self.path, f"tokenizer.ggml.{key}: {len(value)} values for {length} tokens")
+        return value
+
+    def text(self, key: str) -> str | None:
+        """A text, None if the file has none."""
+        value = self.metadata.get(f"tokenizer.ggml.{key}")
+        if value is not None and not isinstance(value, str):
+            raise BadModelFile(self.path, f"tokenizer.ggml.{key}: expected a text, got {short(value)}")
         return value
 
     def token_id(self, key: str) -> int | None:
         """The id of a named token, None if the file names none."""
         value = self.metadata.get(f"tokenizer.ggml.{key}")
         if value is not None and not (type(value) is int and 0 <= value < len(self.tokens)):
-            raise BadModelFile(
-                self.path, f"tokenizer.ggml.{key}: {short(value)} is no id of {len(self.tokens)} tokens"
-            )
+            n = len(self.tokens)
+            raise BadModelFile(self.path, f"tokenizer.ggml.{key}: {short(value)} is no id of {n} tokens")
         return value
 
     def flag(self, key: str, default: bool) -> bool:

@@ -7,7 +7,7 @@ import threading
 from tinydrug.errors import UnsupportedModel
 
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
-STAGES = ("Replace", "ByteFallback", "Fuse", "Strip")
+DECODERS = re.compile("ByteLevel|(Replace )*(ByteFallback )?Fuse( Strip)?")
 
 
 class TokenizersBackend:
@@ -52,32 +52,24 @@ class TokenizersBackend:
         return token
 
     def _read_decoder(self, source) -> None:
-        """How ids become text: by byte-level BPE's alphabet, or as Llama's SentencePiece vocabularies do."""
+        """How ids become text: by byte-level BPE's alphabet, or as Llama's vocabularies do it."""
         decoder = self._tokenizer.decoder
-        state = json.loads(decoder.__getstate__()) if decoder is not None else {"type": None}
+        state = json.loads(decoder.__getstate__()) if decoder is not None else {"type": "None"}
         stages = state["decoders"] if state["type"] == "Sequence" else [state]
-        kinds = [stage["type"] for stage in stages]
-        self.byte_level = kinds == ["ByteLevel"]
-        self._byte_of = {char: byte for byte, char in enumerate(byte_alphabet())} if self.byte_level else {}
-        self._replacements, self.strip = [], 0
+        kinds = " ".join(stage["type"] for stage in stages)
+        replace = [stage for stage in stages if stage["type"] == "Replace"]
+        strip = [stage for stage in stages if stage["type"] == "Strip"]
+        if (
+            not DECODERS.fullmatch(kinds)
+            or any("String" not in stage["pattern"] for stage in replace)
+            or any(stage["content"] != " " or stage["stop"] for stage in strip)
+        ):
+            raise UnsupportedModel(f"{source}: unknown decoder {kinds}: known are {DECODERS.pattern}")
+        self.byte_level = kinds == "ByteLevel"
+        self.strip = sum(stage["start"] for stage in strip)
+        self._replacements = [(stage["pattern"]["String"], stage["content"]) for stage in replace]
         self._byte_fallback = "ByteFallback" in kinds
-        supported = self.byte_level or (
-            all(kind in STAGES for kind in kinds)
-            and kinds == sorted(kinds, key=STAGES.index)
-            and "Fuse" in kinds
-        )
-        for stage in stages:
-            if stage["type"] == "Replace":
-                supported = supported and "String" in stage["pattern"]
-                self._replacements.append((stage["pattern"].get("String"), stage["content"]))
-            if stage["type"] == "Strip":
-                supported = supported and stage["content"] == " " and stage["stop"] == 0
-                self.strip = stage["start"]
-        if not supported:
-            raise UnsupportedModel(
-                f"{source}: unknown kind of decoder {', '.join(map(str, kinds))}: "
-                f"known are ByteLevel and a Sequence of {', '.join(STAGES)}"
-            )
+        self._byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
 
 
 def byte_alphabet() -> str:
