@@ -1,6 +1,6 @@
 """A 7B Mistral of random bf16 weights, 14.5 GB of safetensors: load time with --quant q4, peak memory, speed.
 
-    python -m bench.big_model --scratch FOLDER [--shape mistral-7b] [--quant q4]      needs 15 GB of disk there
+    python -m bench.big_model --scratch FOLDER [--shape mistral-7b] [--quant q4]  (needs 15 GB of disk)
 
 The run is a process of its own. The last line is one JSON document; the scratch files are removed.
 """

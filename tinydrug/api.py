@@ -82,8 +82,8 @@ class Completion:
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """What the model thought of a text: log-probabilities (T-1,) float64 of each token given those before it.
-    What the model thought of a text: log-probabilities (T-1,) float64 of each token given those before it."""
+    """What the model thought of a text: log-probabilities (T-1,) float64 of each token given those before
+    it."""
 
     ids: tuple[int, ...]
     logprobs: np.ndarray
@@ -101,18 +101,18 @@ class Score:
 class Stream:
     """An iterator of Steps. Closing it stops the work; `completion` is what came out, once it has ended."""
 
-    def __init__(self, steps: Iterator[Step]):
-        self._steps = steps
+    def __init__(self):
+        self._run: Iterator[tuple[int, Step]] = iter(())
         self.completion: Completion | None = None
 
     def __iter__(self) -> "Stream":
         return self
 
     def __next__(self) -> Step:
-        return next(self._steps)
+        return next(self._run)[1]
 
     def close(self) -> None:
-        self._steps.close()
+        self._run.close()
 
     def __enter__(self) -> "Stream":
         return self
@@ -177,6 +177,8 @@ class Engine:
         if empty."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
+            if not ids and self.tokenizer.bos_id is not None:  # GPT-2 writes no BOS, and starts from one
+                ids = [self.tokenizer.bos_id]
         elif len(prompt) and isinstance(prompt[0], dict):
             ids = self.tokenizer.encode(self.render(prompt, template), bos=False)
         else:
@@ -202,13 +204,12 @@ class Engine:
         """
         if session is not None and drug is not None:
             raise ConfigError("a session has its own schedule: change it with session.dose", "drug")
-        stream = Stream(iter(()))
+        stream = Stream()
 
         def finished(completions):
             stream.completion = completions[0]
 
-        run = self._run([prompt], [drug], [session], Options(**options), finished)
-        stream._steps = (step for _, step in run)
+        stream._run = self._run([prompt], [drug], [session], Options(**options), finished)
         return stream
 
     def generate(
@@ -280,6 +281,11 @@ class Engine:
 
     def _run(self, prompts, drugs, sessions, options, finished):
         """The one generation path -> (index, Step); `finished` gets the completions, in order, at the end."""
+        if options.shift_keep is not None and options.shift_keep >= self.n_ctx:
+            raise ConfigError(
+                f"--keep: {options.shift_keep} tokens fill the context of {self.n_ctx}: keep fewer",
+                "shift_keep",
+            )
         sampling = options.sampling or Sampling()
         seed, noise_seed = _seed(sampling.seed, "seed"), _seed(options.drug_seed, "drug_seed")
         stop_ids = frozenset() if options.ignore_eos else self.tokenizer.eos_ids
@@ -298,41 +304,48 @@ class Engine:
         moved = [request.session.moved.copy() for request in requests]
         start = time.perf_counter()
         first = None
-        for event in generate(self.runtime, requests, options.progress):
-            first = first or time.perf_counter()
-            request, out = requests[event.index], outs[event.index]
-            text = out.push(event.choice, event.finish)
-            if out.stopped and event.finish is None:
-                request.stopped = True
-            finish = "stop" if out.stopped else event.finish
-            yield (
-                event.index,
-                Step(text, event.choice.id, len(out.ids) - 1, event.choice.logprob, event.choice.top, finish),
-            )
-        end = time.perf_counter()
-        first = first or end
-        timings = {
-            "prefill_s": first - start,
-            "prefill_tokens": sum(len(request.ids) for request in requests),
-            "decode_s": end - first,
-            "decode_tokens": sum(max(0, len(request.generated) - 1) for request in requests),
-        }
-        finished([
-            Completion(
-                text=out.text,
-                ids=tuple(out.ids),
-                prompt_ids=tuple(out.prompt_ids),
-                finish_reason="stop" if out.stopped else request.finish,
-                logprobs=tuple(out.logprobs),
-                schedule=request.session.schedule,
-                drug_seed=request.session.noise_seed % MAX_SEED,
-                seed=request.sampler.seed,
-                moved={site.letter: int(after - before) for site, after, before in
-                       zip(SITES.values(), request.session.moved, was, strict=True) if after > before},
-                timings=timings,
-            )
-            for request, out, was in zip(requests, outs, moved, strict=True)
-        ])  # fmt: skip
+        try:
+            for event in generate(self.runtime, requests, options.progress):
+                first = first or time.perf_counter()
+                request, out, choice = requests[event.index], outs[event.index], event.choice
+                text = out.push(choice, event.finish)
+                if out.stopped and event.finish is None:
+                    request.stopped = True
+                finish = "stop" if out.stopped else event.finish
+                step = Step(text, choice.id, len(out.ids) - 1, choice.logprob, choice.top, finish)
+                yield event.index, step
+        finally:  # ended, closed early or failed
+            finished(_completions(requests, outs, moved, start, first or time.perf_counter()))
+
+
+def _completions(requests, outs, moved, start: float, first: float) -> list[Completion]:
+    """What came out so far. `moved`: the sessions' counters before; start, first: when it began, and gave its
+    first token."""
+    timings = {
+        "prefill_s": first - start,
+        "prefill_tokens": sum(len(request.ids) for request in requests),
+        "decode_s": time.perf_counter() - first,
+        "decode_tokens": sum(max(0, len(request.generated) - 1) for request in requests),
+    }
+    return [
+        Completion(
+            text=out.text,
+            ids=tuple(out.ids),
+            prompt_ids=tuple(out.prompt_ids),
+            finish_reason="stop" if out.stopped else request.finish or "cancelled",
+            logprobs=tuple(out.logprobs),
+            schedule=request.session.schedule,
+            drug_seed=request.session.noise_seed % MAX_SEED,
+            seed=request.sampler.seed,
+            moved={
+                site.letter: int(after - before)
+                for site, after, before in zip(SITES.values(), request.session.moved, was, strict=True)
+                if after > before
+            },
+            timings=timings,
+        )
+        for request, out, was in zip(requests, outs, moved, strict=True)
+    ]
 
 
 class _Text:

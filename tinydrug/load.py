@@ -67,6 +67,8 @@ def load(
         raise ConfigError(f"--quant: {quant!r} is not one of {', '.join(QUANTS)}", "quant")
     if cache not in ("f16", "f32"):
         raise ConfigError(f"--cache-type: {cache!r} is not f16 or f32", "cache")
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ConfigError(f"--batch-size: {chunk!r} is not a number of tokens of at least 1", "chunk")
     threads = check_threads(threads)
     found = resolve(
         None if model is None else os.fspath(model), pull=pull, offline=offline, ask=ask, progress=bars
@@ -113,7 +115,7 @@ def inspect(path: str | os.PathLike) -> Inspection:
 
 
 def _understand(checkpoint: Checkpoint):
-    """The architecture, its config, what it needs and the tensors it finds, all checked against each other."""
+    """The architecture, its config, what it needs and the tensors it finds, all checked together."""
     architecture = find_model(checkpoint.config, checkpoint.path)
     tensors = architecture.tensors(checkpoint.tensors)
     config = architecture.config(Fields(checkpoint.config, checkpoint.path), tensors)

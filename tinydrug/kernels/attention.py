@@ -10,9 +10,10 @@ A partial result at an address: row maxima [16 f32], row sums [16 f32], outputs 
 
 import numpy as np
 
+from tinydrug.kernels.generator import draw_key
 from tinydrug.kernels.jit import inline, kernel
 from tinydrug.kernels.maths import exp
-from tinydrug.kernels.noise import call_scores, call_values, draw_key
+from tinydrug.kernels.noise import call_scores, call_values
 from tinydrug.kernels.rope import key_address, value_address
 from tinydrug.kernels.tables import OPERATION
 from tinydrug.kernels.team import claim

@@ -1,14 +1,9 @@
-"""Noise in vectors: a counter-based generator, the laws that draw directions, and the rotation that uses
-them.
+"""Noise in vectors: the operations that turn a vector towards a random direction, in memory or as it is read.
 
-A vector x turns by an angle phi towards a random direction (DRµGS):  x' = x cos phi + |x| o/|o| sin phi,
-where o is the part of r orthogonal to x. That is x' = a x + b r, so r never has to be kept where x' is
-only multiplied with something.
-
-Every draw is a pure function of (seed, layer, site, head, position, step, component). The first five make
-a 64-bit key (splitmix64) and a position makes two 32-bit words of it; component words are a 32-bit mixing
-function (lowbias32, with the second word added between its rounds) of a counter. Nothing is remembered, so
-threads, chunks and batches change no draw.
+A vector x turns by an angle phi towards r (DRµGS):  x' = x cos phi + |x| o/|o| sin phi,  where o is the
+part of r that is orthogonal to x. That is x' = a x + b r with a and b from x.x, r.x and r.r alone, so r
+never has to be kept where x' is only multiplied with something. Other forms change a and b, laws (laws.py)
+change r, generator.py says what a draw depends on.
 """
 
 from typing import NamedTuple
@@ -17,11 +12,15 @@ import numpy as np
 from numba import types
 
 from tinydrug.kernels.embed import copy_row
+from tinydrug.kernels.generator import draw_key, streams, word
 from tinydrug.kernels.jit import Kernel, inline, kernel
+from tinydrug.kernels.laws import LAWS as DIRECTIONS
+from tinydrug.kernels.laws import normal_pair
 from tinydrug.kernels.maths import sin_cos_half
 from tinydrug.kernels.rope import my_groups
 from tinydrug.kernels.tables import DOSE, OP, my_rows, operation, row, rows_of
 from tinydrug.kernels.vectors import (
+    absolute,
     atomic_add,
     both,
     call_at,
@@ -50,8 +49,9 @@ from tinydrug.kernels.vectors import (
     to_floats,
 )
 
-f4, i4, i8, u8 = np.float32, np.int32, np.int64, np.uint64
-GOLDEN = i4(-1640531527)  # 2^32 / golden ratio: spreads a counter over all bits
+f4, i4, i8 = np.float32, np.int32, np.int64
+ADDED, NLERP = 1, 2  # codes of forms (0: rotation) and
+NORMAL = 1  # of angles (0: uniform), as in noise/laws.py
 SUBNORMAL = f4(1e-6)  # below this share of |r|^2 the orthogonal part is rounding, not a direction
 
 ROTATE = types.void(DOSE, *[types.int64] * 7)  # dose, x, components, period, valid, key, position, scratch
@@ -61,76 +61,37 @@ DRAW = types.void(DOSE, *[types.int64] * 8)  # dose, seed, layer, site, head, po
 call_rotate, call_scores, call_values = call_at(ROTATE), call_at(SCORES), call_at(VALUES)
 
 
-# --- the generator ------------------------------------------------------------------------------------------
-@inline
-def draw_key(seed, layer, site, head, step):
-    """splitmix64 over the coordinates of a draw."""
-    z = u8(seed)
-    for coordinate in (layer, site, head, step):
-        z = (z ^ u8(coordinate)) + u8(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> u8(30))) * u8(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> u8(27))) * u8(0x94D049BB133111EB)
-        z = z ^ (z >> u8(31))
-    return i8(z)
-
-
-@inline
-def mix(x, between):
-    """32 bits to 32 bits, each depending on all (lowbias32)."""
-    x = (x ^ shift_right(x, i4(16))) * i4(0x7FEB352D) + between
-    x = (x ^ shift_right(x, i4(15))) * i4(-0x7B935975)
-    return x ^ shift_right(x, i4(16))
-
-
-@inline
-def streams(positions, key):
-    """positions in lanes -> the two words each lane's draws start from."""
-    low, high = ints(i4(key)), ints(i4(key >> 32))
-    return mix(positions * GOLDEN + low, high), mix(positions + high, low)
-
-
-@inline
-def word(first, second, index):
-    """The index-th random word of each lane."""
-    return mix(first + index * GOLDEN, second)
-
-
-# --- laws: two views of the same draws, a block being 32 components -----------------------------------------
-@inline
-def uniform_by_component(first, second, block):
-    """Components 0..15 and 16..31 of a block, in lanes: U[0, 1) up to a factor, which a direction does not
-    feel."""
-    w = word(first, second, lane() + i4(16 * block))
-    return to_floats(w & i4(0xFFFF)), to_floats(shift_right(w, i4(16)))
-
-
-@inline
-def uniform_by_position(first, second, block, j):
-    """Components j and 16 + j of a block, each for the 16 positions in lanes."""
-    w = word(first, second, ints(i4(16 * block + j)))
-    return to_floats(w & i4(0xFFFF)), to_floats(shift_right(w, i4(16)))
-
-
 # --- from sums to the rotation ------------------------------------------------------------------------------
 @inline
 def angle(first, second, dose):
-    """The angle of each lane's rotation in half turns, U[0, theta)."""
-    u = to_floats(shift_right(word(first, second, ints(i4(-1))), i4(8))) * f4(2.0**-24)
-    return u * f4(dose.theta * (1 / np.pi))
+    """The angle phi of each lane in radians: U[0, theta), or |N(0, theta)|."""
+    w = word(first, second, ints(i4(-1)))
+    if dose.angle == NORMAL:
+        z, _ = normal_pair(w)
+        return absolute(z) * f4(dose.theta)
+    return to_floats(shift_right(w, i4(8))) * f4(dose.theta * 2.0**-24)
 
 
 @inline
 def coefficients(first, second, xx, rx, rr, dose):
-    """Lanes of x.x, r.x, r.r -> a, b of x' = a x + b r. x stays where it has no length or r no orthogonal
-    part."""
-    turns = angle(first, second, dose) * f4(0.5)
-    turns = turns - round_even(turns)
-    sin, cos = sin_cos_half(turns * f4(3.14159265358979))
+    """Lanes of x.x, r.x, r.r -> a, b of x' = a x + b r. x stays where it has no length or r no direction to
+    offer."""
+    phi, zero, one = angle(first, second, dose), floats(f4(0.0)), floats(f4(1.0))
+    if dose.form == ADDED:  # x + phi |x| r/|r|
+        turnable = both(rr > f4(0.0), xx > f4(0.0))
+        return one, select(turnable, phi * sqrt(xx / rr), zero)
     along = rx / xx  # 0/0 where x = 0: not selected below
     orthogonal = rr - rx * along
-    b = sin * sqrt(xx / orthogonal)
     turnable = both(orthogonal > rr * SUBNORMAL, xx > f4(0.0))
-    return select(turnable, cos - b * along, floats(f4(1.0))), select(turnable, b, floats(f4(0.0)))
+    if dose.form == NLERP:  # |x| (x/|x| + phi o/|o|) normalised: an angle of arctan(phi)
+        cos = one / sqrt(fma(phi, phi, one))
+        sin = phi * cos
+    else:
+        turns = phi * f4(0.5 / np.pi)
+        turns = turns - round_even(turns)  # whole turns change nothing, and the polynomials stay in range
+        sin, cos = sin_cos_half(turns * f4(np.pi))
+    b = sin * sqrt(xx / orthogonal)
+    return select(turnable, cos - b * along, one), select(turnable, b, zero)
 
 
 @inline
@@ -260,7 +221,7 @@ def _draw(name, by_component):
             r0, r1 = by_component(first, second, i // 32)
             store(out + 4 * i, r0)
             store(out + 4 * i + 64, r1)
-        store(out + 4 * components, angle(first, second, dose) * f4(np.pi))
+        store(out + 4 * components, angle(first, second, dose))
 
     return draw
 
@@ -334,6 +295,4 @@ def _law(name, by_component, by_position) -> Law:
     )
 
 
-LAWS = {
-    "uniform": _law("uniform", uniform_by_component, uniform_by_position),
-}
+LAWS = {name: _law(name, *views) for name, views in DIRECTIONS.items()}

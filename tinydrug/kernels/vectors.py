@@ -327,6 +327,17 @@ def shift_right(b, x, n):
     return b.lshr(x, _splat(b, n))
 
 
+@op(I(I, s32))
+def shift_right_signed(b, x, n):
+    return b.ashr(x, _splat(b, n))
+
+
+@op(I(I, I))
+def shift_right_each(b, x, n):
+    """Every lane by its own count."""
+    return b.lshr(x, n)
+
+
 @op(B(B))
 def low_nibbles(b, x):
     return b.and_(x, _const(B, 15))
