@@ -93,6 +93,11 @@ RESIDUAL = (
     "noise never enters the residual stream: it would stay in the sum that every later layer reads; "
     "dose H, the normed copy of it that a block reads"
 )
+FORMS_LISTED = (
+    "rotation (no mark: turned by the angle phi, the norm kept), L2 (L2: x + phi |x| r/|r|, the norm not kept), "
+    "NL (NL: x + phi |x| o/|o| scaled back to |x|: turned by arctan(phi))"
+)
+ANGLES_LISTED = "uniform (no mark: phi is U[0, theta)), normal (n: phi is |N(0, theta)|)"
 SYNTAX = "write layers as 8, 8-15 or 8-9+20, a depth as 0.3..0.5, a profile as 0.3:0/0.4:1/0.5:0"
 
 
@@ -108,23 +113,11 @@ SYNTAX = "write layers as 8, 8-15 or 8-9+20, a depth as 0.3..0.5, a profile as 0
         ("R:0.1", f"drug 'R:0.1': {RESIDUAL}"),
         ("resid:0.1", f"drug 'resid:0.1': {RESIDUAL}"),
         ("Residual:0.1", f"drug 'Residual:0.1': {RESIDUAL}"),
-        (
-            "L2V:0.1",
-            "drug 'L2V:0.1': there is no form 'L2' before site V, "
-            "only rotation (no mark: turned by the angle, the norm kept)",
-        ),
-        (
-            "NLpKn:0.1",
-            "drug 'NLpKn:0.1': there is no form 'NL' before site pK, "
-            "only rotation (no mark: turned by the angle, the norm kept)",
-        ),
-        (
-            "Vn:0.1",
-            "drug 'Vn:0.1': there is no angle 'n' after site V, only uniform (no mark: U[0, theta))",
-        ),
-        ("V:0.1~gauss", "drug 'V:0.1~gauss': there is no law 'gauss', only uniform"),
-        ("V:0.1~", "drug 'V:0.1~': there is no law '', only uniform"),
-        ("V:0.1~uniform~x", "drug 'V:0.1~uniform~x': there is no law 'uniform~x', only uniform"),
+        ("L3V:0.1", f"drug 'L3V:0.1': there is no form 'L3' before site V, only {FORMS_LISTED}"),
+        ("Vx:0.1", f"drug 'Vx:0.1': there is no angle 'x' after site V, only {ANGLES_LISTED}"),
+        ("V:0.1~cauchy", "drug 'V:0.1~cauchy': there is no law 'cauchy', only uniform, gauss, sign"),
+        ("V:0.1~", "drug 'V:0.1~': there is no law '', only uniform, gauss, sign"),
+        ("V:0.1~uniform~x", "drug 'V:0.1~uniform~x': there is no law 'uniform~x', only uniform, gauss, sign"),
         ("V", "drug 'V': theta is missing: write SITE:THETA, for instance V:0.05"),
         ("V:", "drug 'V:': theta is missing"),
         ("V:deg", "drug 'V:deg': theta is missing"),
@@ -190,8 +183,8 @@ def test_a_long_bad_text_gives_a_short_message():
         ({"theta": ()}, "theta is an empty list"),
         ({"theta": (0.1, -1)}, "theta of layer 1 must be at least 0, not -1"),
         ({"where": "8-15"}, "where must be Layers, Depth or Profile, not '8-15'"),
-        ({"law": "sign"}, "there is no law 'sign', only uniform"),
-        ({"form": "L2"}, "there is no form 'L2', only rotation"),
+        ({"law": "cauchy"}, "there is no law 'cauchy', only uniform, gauss, sign"),
+        ({"form": "L3"}, "there is no form 'L3', only rotation"),
         ({"angle": None}, "there is no angle None, only uniform"),
     ],
 )
@@ -233,12 +226,12 @@ def test_above_pi_is_warned_not_refused(caplog):
 
 
 def test_a_new_law_form_and_angle_is_one_line_each(monkeypatch):
-    monkeypatch.setitem(LAWS, "gauss", Choice(1, "~gauss", ""))
-    monkeypatch.setitem(FORMS, "L2", Choice(1, "L2", ""))
-    monkeypatch.setitem(ANGLES, "normal", Choice(1, "n", ""))
-    dose = parse_dose("l2pkN:0.1@3~GAUSS")
-    assert (dose.site, dose.law, dose.form, dose.angle) == ("pK", "gauss", "L2", "normal")
-    assert str(dose) == "L2pKn:0.1@3~gauss"
+    monkeypatch.setitem(LAWS, "cauchy", Choice(101, "~cauchy", ""))
+    monkeypatch.setitem(FORMS, "L3", Choice(101, "L3", ""))
+    monkeypatch.setitem(ANGLES, "cubic", Choice(101, "c", ""))
+    dose = parse_dose("l3pkC:0.1@3~CAUCHY")
+    assert (dose.site, dose.law, dose.form, dose.angle) == ("pK", "cauchy", "L3", "cubic")
+    assert str(dose) == "L3pKc:0.1@3~cauchy"
     assert Dose.from_dict(dose.to_dict()) == parse_dose(str(dose)) == dose
 
 

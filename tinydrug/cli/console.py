@@ -35,14 +35,14 @@ class Console:
     def say(self, text: str) -> None:
         """A line of information: not with --quiet."""
         if not self.quiet:
-            self.line(self.paint("aside", text, sys.stderr))
+            self.line(self.paint("aside", text))
 
     def warn(self, text: str) -> None:
         if not self.quiet:
-            self.line(f"{self.paint('warning', 'warning:', sys.stderr)} {text}")
+            self.line(f"{self.paint('warning', 'warning:')} {text}")
 
     def error(self, text: str) -> None:
-        self.line(f"{self.paint('error', 'error:', sys.stderr)} {text}")
+        self.line(f"{self.paint('error', 'error:')} {text}")
 
     def line(self, text: str) -> None:
         """A line in any case."""
@@ -67,14 +67,15 @@ class Console:
         print(f"\r{text:<{len(self._bar)}}", end="\r" if not text else "", file=sys.stderr, flush=True)
         self._bar = text
 
-    def paint(self, style: str, text: str, stream) -> str:
-        """`text` in a colour, if `stream` may have colours."""
-        return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if self.colored(stream) else text
+    def paint(self, style: str, text: str) -> str:
+        """`text` in a colour, if that is wanted here."""
+        return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if self._colored() else text
 
-    def colored(self, stream) -> bool:
+    def _colored(self) -> bool:
         if self.color != "auto":
             return self.color == "always"
-        return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        return sys.stderr.isatty() and not plain
 
 
 class _Handler(logging.Handler):

@@ -3,50 +3,85 @@
 import argparse
 import os
 import sys
+from dataclasses import dataclass
 
 from tinydrug.engine.sampling import Sampling
 from tinydrug.errors import ConfigError, PromptError
 from tinydrug.noise import Schedule, load_schedule
 from tinydrug.text.chat import TEMPLATES, named_template
 
-STDIN = "standard input"
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the flags ask for, as values of the library."""
+
+    schedule: Schedule
+    sampling: Sampling  # with a seed
+    template: str | None  # Jinja; None: the model's own
+    system: str | None
+
+
+def read(args: argparse.Namespace) -> Inputs:
+    """DrugError, ConfigError or PromptError naming the flag."""
+    return Inputs(
+        schedule=read_schedule(args, args.drug if args.drug_file is None else load_schedule(args.drug_file)),
+        sampling=_sampling(args),
+        template=_template(args.chat_template),
+        system=None if args.system_prompt is None else _given(args.system_prompt, "--system-prompt"),
+    )
+
+
+def is_typed(args: argparse.Namespace) -> bool:
+    """Whether the prompt comes from standard input."""
+    return args.prompt == "-" or args.file == "-" or (args.prompt is None and args.file is None)
 
 
 def is_interactive(args: argparse.Namespace) -> bool:
-    """Whether to converse: at a terminal, no prompt given or -cnv after it, and the text goes nowhere else."""
-    here = sys.stdin.isatty() and sys.stdout.isatty() and not (args.json or args.output_file)
-    nothing_given = args.prompt is None and args.file is None
-    chat_on = args.conversation is True and not args.single_turn and args.prompt != "-" and args.file != "-"
-    return here and (nothing_given or chat_on)
+    """Whether to converse: on a terminal, if no prompt is given, or -cnv says to go on after it."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or args.json or args.output_file is not None:
+        return False
+    if args.prompt is None and args.file is None:
+        return True
+    return args.conversation is True and not args.single_turn and not is_typed(args)
 
 
 def read_prompt(args: argparse.Namespace) -> str | None:
-    """The prompt of -p, of -f or of standard input; None if it is to be typed. PromptError."""
-    if args.prompt is not None and args.prompt != "-":
-        prompt = given_text(args.prompt, "--prompt")
-    elif args.file is not None and args.file != "-":
-        prompt = _file_text(args.file, "--file")
-    elif args.prompt is None and args.file is None and is_interactive(args):
+    """The prompt of -p, of -f or of standard input; None if the chat is to ask for it. PromptError."""
+    if not is_typed(args):
+        prompt = _file_text(args.file, "--file") if args.prompt is None else _given(args.prompt, "--prompt")
+    elif is_interactive(args):
         return None
     else:
-        prompt = _without_last_newline(_decoded(sys.stdin.buffer.read(), STDIN))
+        prompt = _without_last_newline(_decoded(sys.stdin.buffer.read(), "standard input"))
     if not prompt.strip() and args.conversation is not False:
         raise PromptError("the prompt is empty: give it some words (with -no-cnv it may be empty)")
     return prompt
 
 
-def read_schedule(args: argparse.Namespace, specs: list[str] | str | None = None) -> Schedule:
-    """The noise of `specs`, else of --drug or --drug-file, with the other flags applied. DrugError."""
-    if specs is None:
-        specs = load_schedule(args.drug_file) if args.drug_file is not None else args.drug
+def idle_flags(args: argparse.Namespace) -> list[str]:
+    """Warnings about flags that have no effect without another."""
+    cut = [f"--{name.replace('_', '-')}" for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0))
+           if getattr(args, name) != off]  # fmt: skip
+    drug = [
+        f"--drug-{name}" for name in ("scale", "sink", "prompt") if getattr(args, f"drug_{name}") is not None
+    ]
+    warnings = []
+    if cut and args.temp == 0:
+        warnings.append(f"{', '.join(cut)} changes nothing at --temp 0, which is greedy")
+    if drug and not args.drug and args.drug_file is None and not is_interactive(args):
+        warnings.append(f"{', '.join(drug)} changes nothing without --drug")
+    return warnings
+
+
+def read_schedule(args: argparse.Namespace, doses) -> Schedule:
+    """Doses as Schedule.parse takes them, with what the flags say of all doses. DrugError."""
     seed = None if args.drug_seed < 0 else args.drug_seed
     return Schedule.parse(
-        specs, sink=args.drug_sink, prompt=args.drug_prompt, scale=args.drug_scale, seed=seed
+        doses, sink=args.drug_sink, prompt=args.drug_prompt, scale=args.drug_scale, seed=seed
     )
 
 
-def read_sampling(args: argparse.Namespace) -> Sampling:
-    """ConfigError naming the flag."""
+def _sampling(args: argparse.Namespace) -> Sampling:
     return Sampling(
         temperature=args.temp,
         top_k=args.top_k,
@@ -61,21 +96,20 @@ def read_sampling(args: argparse.Namespace) -> Sampling:
     )
 
 
-def read_template(args: argparse.Namespace) -> str | None:
-    """--chat-template as Jinja: a known name, a file, or Jinja itself. ConfigError, PromptError."""
-    which = args.chat_template
+def _template(which: str | None) -> str | None:
+    """--chat-template as Jinja: a known name, a file, or Jinja itself."""
     if which is None or "{" in which:
         return which
-    if which not in TEMPLATES and os.path.exists(which):
-        text = _file_text(which, "--chat-template")
-        if "{" not in text:
-            raise ConfigError(f"--chat-template: {which} is no template: there is no {{ in it", "chat_template")
-        return text
-    return named_template(which)
+    if which in TEMPLATES or not os.path.exists(which):
+        return named_template(which)
+    text = _file_text(which, "--chat-template")
+    if "{" not in text:
+        raise ConfigError(f"--chat-template: {which} is no template: there is no {{ in it", "chat_template")
+    return text
 
 
-def given_text(text: str, flag: str) -> str:
-    """Text of the command line, whose undecodable bytes Python keeps as lone surrogates. PromptError."""
+def _given(text: str, flag: str) -> str:
+    """Text of the command line, whose undecodable bytes Python keeps as lone surrogates."""
     return _decoded(text.encode("utf-8", "surrogateescape"), flag)
 
 

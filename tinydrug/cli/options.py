@@ -23,7 +23,10 @@ TEXT_FLAGS = {  # their value is the next word whatever it is, so that it may be
     "-p": "--prompt",
     "-r": "--stop",
     "-sys": "--system-prompt",
-    **{flag: flag for flag in ("--prompt", "--stop", "--reverse-prompt", "--system-prompt", "--chat-template")},
+    **{
+        flag: flag
+        for flag in ("--prompt", "--stop", "--reverse-prompt", "--system-prompt", "--chat-template")
+    },
 }
 ELSEWHERE = {  # what people try, and what it is called here
     "-hf": "-m ORG/NAME --pull",
@@ -171,14 +174,15 @@ def _parser() -> Parser:
 
     on = {"action": "store_true"}
 
+    # fmt: off
     add = group("model")
     add("-m", "--model", metavar="NAME", help="a file, a folder, a name that `tinydrug models` lists, or "
-        "ORG/NAME on the Hugging Face hub (default: the one marked in that list)")  # fmt: skip
+        "ORG/NAME on the Hugging Face hub (default: the one marked in that list)")
     add("--quant", choices=("none", "f32", "q8", "q4"), default="none", metavar="KIND",
-        help="quantise on loading: q8, q4, f32, or none: as the file has it (default: none)")  # fmt: skip
+        help="quantise on loading: q8, q4, f32, or none: as the file has it (default: none)")
     add("-c", "--ctx-size", type=whole(0), default=0, help="context in tokens (default: 0, the model's own)")
     add("--cache-type", choices=("f16", "f32"), default="f16", metavar="KIND",
-        help="numbers of the key-value cache: f16 or f32 (default: f16)")  # fmt: skip
+        help="numbers of the key-value cache: f16 or f32 (default: f16)")
     add("-b", "--batch-size", type=whole(1), default=512, help="prompt tokens read at once (default: 512)")
     add("-t", "--threads", type=whole(-1), default=-1, help="threads (default: -1, all this process may use)")
     add("--no-mmap", **on, help="copy the file into memory instead of mapping it")
@@ -192,63 +196,74 @@ def _parser() -> Parser:
     add("-sys", "--system-prompt", metavar="TEXT", help="what the model is told before a chat")
     add("-cnv", "--conversation", **on, default=None,
         help="chat, through the model's template; after -p on a terminal, go on chatting (default: chat if "
-        "there is a template)")  # fmt: skip
+        "there is a template)")
     add("-no-cnv", "--no-conversation", dest="conversation", action="store_false",
-        help="continue the text as it is")  # fmt: skip
+        help="continue the text as it is")
     add("-st", "--single-turn", **on, help="leave the chat after one answer")
     add("--chat-template", metavar="WHICH", help="a known name (chatml, llama2, llama3, mistral, zephyr), a file, "
-        "or Jinja itself (default: the model's own)")  # fmt: skip
+        "or Jinja itself (default: the model's own)")
     add("--echo", "--display-prompt", **on, help="write what the model reads before what it writes")
 
     add = group("generation")
     add("-n", "--predict", "--n-predict", "--max-tokens", type=whole(-1),
-        help="tokens at most; -1: until the context is full (default: 128, in a chat 512)")  # fmt: skip
+        help="tokens at most; -1: until the context is full (default: 128, in a chat 512)")
     add("-r", "--stop", "--reverse-prompt", action="append", default=[], metavar="TEXT",
-        help="end before this text; may be given several times")  # fmt: skip
+        help="end before this text; may be given several times")
     add("--ignore-eos", **on, help="go on after the model's end")
     add("--context-shift", **on, help="when the context is full, forget the older half of it and go on")
     add("--keep", type=whole(-1), help="tokens at the start that a shift keeps; -1: the prompt (default: 0)")
 
     add = group("sampling (greedy unless --temp; in this order)")
     add("-s", "--seed", type=whole(-1), default=-1, help="of sampling, and of noise without --drug-seed "
-        "(default: -1, a new one, told at the end)")  # fmt: skip
-    add("--repeat-penalty", type=real, default=1.0, metavar="X", help="divide repeated logits (default: 1, off)")
+        "(default: -1, a new one, told at the end)")
+    add(
+        "--repeat-penalty",
+        type=real,
+        default=1.0,
+        metavar="X",
+        help="divide repeated logits (default: 1, off)",
+    )
     add("--presence-penalty", type=real, default=0.0, metavar="X",
-        help="subtract from logits of tokens that occurred (default: 0, off)")  # fmt: skip
+        help="subtract from logits of tokens that occurred (default: 0, off)")
     add("--frequency-penalty", type=real, default=0.0, metavar="X",
-        help="the same for each time they did (default: 0, off)")  # fmt: skip
+        help="the same for each time they did (default: 0, off)")
     add("--repeat-last-n", type=whole(-1), default=64,
-        help="tokens the penalties look back at; 0: none, -1: all (default: 64)")  # fmt: skip
+        help="tokens the penalties look back at; 0: none, -1: all (default: 64)")
     add("-l", "--logit-bias", action="append", type=bias, default=[], metavar="ID±BIAS",
-        help="add to the logit of a token: 15043+1, 15043-inf; may be given several times")  # fmt: skip
+        help="add to the logit of a token: 15043+1, 15043-inf; may be given several times")
     add("--top-k", type=whole(0), default=0, help="only the k most likely tokens (default: 0, off)")
     add("--top-p", type=real, default=1.0, metavar="P",
-        help="only the likeliest tokens that together have this probability (default: 1, off)")  # fmt: skip
+        help="only the likeliest tokens that together have this probability (default: 1, off)")
     add("--min-p", type=real, default=0.0, metavar="P",
-        help="only tokens of at least this share of the likeliest one's probability (default: 0, off)")  # fmt: skip
+        help="only tokens of at least this share of the likeliest one's probability (default: 0, off)")
     add("--temp", "--temperature", type=real, default=0.0, metavar="X",
-        help="temperature (default: 0, greedy: always the likeliest)")  # fmt: skip
+        help="temperature (default: 0, greedy: always the likeliest)")
 
     add = group("noise")
     add("--drug", action="append", metavar="SPEC", help="SITE:THETA[@WHERE][~LAW], SITE one of H Q pK K V A, "
-        "THETA in radians or 3deg, WHERE layers 8-15 or depth 0.3..0.5; several by commas or flags")  # fmt: skip
+        "THETA in radians or 3deg, WHERE layers 8-15 or depth 0.3..0.5; several by commas or flags")
     add("--drug-file", metavar="FILE", help="the same from .toml (profiles, too) or .csv")
     add("--drug-seed", type=whole(-1), default=-1, help="of the noise (default: -1, that of --seed)")
     add("--drug-scale", type=real, metavar="X", help="multiply every theta (default: 1; 0: sober)")
     add("--drug-sink", type=whole(0), help="first positions that are never touched (default: 6; 0: none)")
     add("--drug-prompt", choices=("none", "last", "all"), metavar="WHICH",
-        help="prompt tokens read under noise: none, last or all (default: none)")  # fmt: skip
-    add("--show-schedule", **on, help="print the noise of every layer and site, and how many vectors it moved")
+        help="prompt tokens read under noise: none, last or all (default: none)")
+    add(
+        "--show-schedule", **on, help="print the noise of every layer and site, and how many vectors it moved"
+    )
 
     add = group("output")
     add("-o", "--output-file", metavar="FILE",
-        help="write the text there instead, whole at the end; Ctrl-C keeps what there is")  # fmt: skip
+        help="write the text there instead, whole at the end; Ctrl-C keeps what there is")
     add("--json", **on, help="write a line of JSON for each token and one for the whole completion")
     add("--logprobs", type=whole(0), help="with --json: each token's log-probability and N alternatives")
     add("--color", choices=("auto", "always", "never"), default="auto", metavar="WHEN",
-        help="auto (on a terminal, unless NO_COLOR is set), always or never (default: auto)")  # fmt: skip
+        help="auto (on a terminal, unless NO_COLOR is set), always or never (default: auto)")
     add("-q", "--quiet", **on, help="nothing on standard error but errors")
     add("-v", "--verbose", **on, help="more there, and tracebacks of errors")
     add("-h", "--help", action="help", help="print this and leave")
-    add("--version", action=_Version, nargs=0, help="print versions, the processor and where kernels are kept")
+    add(
+        "--version", action=_Version, nargs=0, help="print versions, the processor and where kernels are kept"
+    )
+    # fmt: on
     return parser

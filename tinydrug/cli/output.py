@@ -96,13 +96,13 @@ class PlainText:
 class JsonLines:
     """A line {"type": "token"} for each token, and {"type": "completion"} with everything at the end."""
 
-    def __init__(self, write: Write, engine, prompt: str):
-        self._write, self._engine, self._prompt = write, engine, prompt
+    def __init__(self, write: Write, talk, prompt: str):
+        self._write, self._talk, self._prompt = write, talk, prompt
 
     def step(self, step) -> None:
         record = {"type": "token", "index": step.index, "id": step.id, "text": step.text}
         if step.logprob is not None:
-            piece = self._engine.tokenizer.token_text
+            piece = self._talk.engine.tokenizer.token_text
             record["logprob"] = step.logprob
             record["top"] = [{"id": i, "text": piece(i), "logprob": logprob} for i, logprob in step.top]
         self._line(record)
@@ -115,13 +115,13 @@ class JsonLines:
             "ids": completion.ids,
             "prompt": self._prompt,
             "prompt_ids": completion.prompt_ids,
-            "model": self._engine.name,
-            "source": self._engine.source,
+            "model": self._talk.engine.name,
+            "source": self._talk.engine.source,
             "seed": completion.seed,
             "drug": str(completion.schedule),
             "drug_seed": completion.drug_seed,
             "moved": completion.moved,
-            "timings": self._engine.timings | completion.timings,
+            "timings": self._talk.timings | completion.timings,
             "version": __version__,
         })  # fmt: skip
 

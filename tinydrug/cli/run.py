@@ -5,20 +5,46 @@ import sys
 
 from tinydrug.cli import inputs
 from tinydrug.cli.console import Console
-from tinydrug.cli.options import parse
 from tinydrug.cli.output import JsonLines, PlainText, destination
 
 
-def run(argv: list[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Returns the exit status."""
-    args = parse(argv)
     with Console(args.quiet, args.verbose, args.color) as console:
-        from tinydrug.cli.talk import Talk, load_engine
-
-        schedule = inputs.read_schedule(args)
-        inputs.read_sampling(args), inputs.read_template(args)  # refused before anything is loaded
+        wanted = inputs.read(args)
+        for text in inputs.idle_flags(args):
+            console.warn(text)
         interactive = inputs.is_interactive(args)
-        if sys.stdin.isatty() and not interactive and not (args.prompt or args.file):
+        if sys.stdin.isatty() and inputs.is_typed(args) and not interactive:
             console.say("type the prompt, then Ctrl-D")
         prompt = inputs.read_prompt(args)
-        ...
+        with destination(args.output_file) as write:
+            from tinydrug.cli.talk import Talk, load_engine  # Numba: only once all flags are found sound
+
+            with load_engine(args, console) as engine:
+                talk = Talk(args, wanted, engine, console)
+                if args.show_schedule:
+                    console.line(talk.describe())
+                if interactive:
+                    from tinydrug.cli.chat import Chat
+
+                    return Chat(talk, console).run(prompt, args.single_turn)
+                status = _answer(args, talk, prompt, write, console)
+    return status
+
+
+def _answer(args, talk, text, write, console) -> int:
+    """One prompt, one answer."""
+    prompt = talk.prompt_of(text)
+    shown = talk.shown(prompt)
+    out = JsonLines(write, talk, shown) if args.json else PlainText(write)
+    if args.echo and not args.json:
+        out.text(shown)
+    completion = talk.answer(prompt, out.step)
+    out.end(completion)
+    console.say(talk.summary(completion))
+    if args.show_schedule:
+        console.line(talk.moved())
+    elif not completion.schedule.is_sober and not completion.moved:
+        console.warn("the noise moved nothing: the text is too short, see --drug-sink and --drug-prompt")
+    return 130 if completion.finish_reason == "cancelled" else 0

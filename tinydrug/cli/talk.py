@@ -1,4 +1,4 @@
-"""What one-shot and interactive use share: loading with bars, answering until Ctrl-C, and saying how it went."""
+"""What one prompt and a chat have in common: loading, answering until Ctrl-C, and saying how it went."""
 
 import argparse
 import signal
@@ -9,13 +9,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from tinydrug.api import MAX_SEED, Completion, Engine, Prompt, Step
-from tinydrug.cli import inputs
 from tinydrug.cli.console import Console
+from tinydrug.cli.inputs import Inputs, read_schedule
 from tinydrug.load import load
 from tinydrug.noise import SITES, Schedule
 
 SLOW = 1.0  # seconds after which compiling is worth a line
-CONTINUES, ANSWERS = 128, 512  # tokens at most: of a text continued, of an answer, which mostly ends by itself
+CONTINUES, ANSWERS = (
+    128,
+    512,
+)  # tokens at most: of a text continued, of an answer, which mostly ends by itself
 
 
 def load_engine(args: argparse.Namespace, console: Console) -> Engine:
@@ -56,34 +59,31 @@ def load_engine(args: argparse.Namespace, console: Console) -> Engine:
     console.clear()
     console.say(f"model {engine.source}")
     if console.verbose:
-        console.say(f"{engine.threads} threads, context {engine.n_ctx}, weights {args.quant}, cache {args.cache_type}")
+        console.say(
+            f"{engine.threads} threads, context {engine.n_ctx}, weights {args.quant}, cache {args.cache_type}"
+        )
     return engine
 
 
 class Talk:
     """One kept sequence and all that the flags say about its answers; `chat` tells if a template is used."""
 
-    def __init__(self, args: argparse.Namespace, engine: Engine, console: Console, schedule: Schedule):
+    def __init__(self, args: argparse.Namespace, wanted: Inputs, engine: Engine, console: Console):
         self.engine, self._console = engine, console
-        self.template = inputs.read_template(args)
-        self.chat = args.conversation
-        if self.chat is None:
-            self.chat = bool(self.template or engine.tokenizer.chat_template)
-        self.system = args.system_prompt if self.chat else None
-        self._sampling = inputs.read_sampling(args)
-        self.seed = self._sampling.seed
-        limit = args.predict if args.predict is not None else ANSWERS if self.chat else CONTINUES
-        self._keep = (args.keep or 0) if args.context_shift else None
-        self._options = {
-            "n": None if limit < 0 else limit,
-            "stop": args.stop,
-            "ignore_eos": args.ignore_eos,
-            "logprobs": args.logprobs,
-        }
+        self._args, self._wanted = args, wanted
+        own = wanted.template or engine.tokenizer.chat_template
+        self.chat = bool(own) if args.conversation is None else args.conversation
+        self._n = args.predict if args.predict is not None else ANSWERS if self.chat else CONTINUES
         self._answers = 0
         started = time.perf_counter()
-        self.session = engine.session(schedule, self.seed)
-        engine.timings["compile_s"] += time.perf_counter() - started  # of the schedule's own kernels
+        self.session = engine.session(wanted.schedule, wanted.sampling.seed)
+        noise_s = time.perf_counter() - started  # the schedule's own kernels
+        self.timings = engine.timings | {"compile_s": engine.timings["compile_s"] + noise_s}
+
+    @property
+    def shifts(self) -> bool:
+        """Whether a full context may lose its older half."""
+        return self._args.context_shift
 
     @property
     def schedule(self) -> Schedule:
@@ -102,22 +102,27 @@ class Talk:
 
     def opening(self) -> list[dict]:
         """A conversation in which nobody has spoken."""
-        return [{"role": "system", "content": self.system}] if self.system is not None else []
+        system = self._wanted.system
+        return [] if system is None else [{"role": "system", "content": system}]
 
     def shown(self, prompt: Prompt) -> str:
         """The prompt as the model reads it."""
-        return self.engine.render(prompt, self.template) if self.chat else prompt
+        return self.engine.render(prompt, self._wanted.template) if self.chat else prompt
+
+    def dose(self, doses: str) -> None:
+        """Use these doses from the next answer on, with the flags for all doses. DrugError."""
+        self.session.dose(read_schedule(self._args, doses))
 
     def answer(self, prompt: Prompt, each: Callable[[Step], None]) -> Completion:
         """Answer, handing on every step; Ctrl-C ends it early, with finish_reason "cancelled".
 
         Each further answer has the next seeds, unless the schedule brings its own.
         """
-        seed = (self.seed + self._answers) % MAX_SEED
+        args, seed = self._args, (self._wanted.sampling.seed + self._answers) % MAX_SEED
         self._answers += 1
         self.session.dose(self.session.schedule, seed)
-        ids = self.engine.encode(prompt, self.template)
-        keep = len(ids) if self._keep == -1 else self._keep
+        ids = self.engine.encode(prompt, self._wanted.template)
+        keep = len(ids) if args.keep == -1 else args.keep or 0
         with interruptible() as check:
 
             def progress(done: int, total: int) -> None:
@@ -128,10 +133,13 @@ class Talk:
             stream = self.engine.stream(
                 ids,
                 session=self.session,
-                sampling=replace(self._sampling, seed=seed),
-                shift_keep=keep,
+                n=None if self._n < 0 else self._n,
+                sampling=replace(self._wanted.sampling, seed=seed),
+                stop=args.stop,
+                ignore_eos=args.ignore_eos,
+                logprobs=args.logprobs,
+                shift_keep=keep if self.shifts else None,
                 progress=progress,
-                **self._options,
             )
             with stream:
                 try:
@@ -143,35 +151,24 @@ class Talk:
                     pass
         return stream.completion
 
+    def summary(self, completion: Completion) -> str:
+        """The line at the end of a run."""
+        load, compiled = (f"{what} {self.timings[f'{what}_s']:.2f} s" for what in ("load", "compile"))
+        seeds = f"seed {completion.seed}"
+        if not completion.schedule.is_sober:
+            seeds += f", drug seed {completion.drug_seed}"
+        return f"{load}; {compiled}; {speeds(completion)}; {seeds}"
 
-@contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
-    """Ctrl-C is noted, and raised by the function this gives: between two steps of the model, never inside
-    one. A second one is raised at once."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, in the background
-        yield lambda: None
-        return
-    noted = False
-
-    def note(*_):
-        nonlocal noted
-        if noted:
-            raise KeyboardInterrupt
-        noted = True
-
-    def check():
-        if noted:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def moved(self) -> str:
+        """How many vectors the noise has really moved so far, by site, the dosed ones even if none."""
+        schedule, counts = self.session.schedule, zip(SITES, self.session.moved, strict=True)
+        dosed = {dose.site for dose in schedule.doses if dose.peak * schedule.scale}
+        parts = [f"{site} {count:,}" for site, count in counts if count or site in dosed]
+        return f"vectors moved: {', '.join(parts) or 'none, sober'}"
 
 
 def speeds(completion: Completion) -> str:
-    """How much was read and written, and how fast."""
+    """How much was read and written, how fast, and why it ended."""
     times = completion.timings
 
     def part(what: str) -> str:
@@ -181,17 +178,21 @@ def speeds(completion: Completion) -> str:
     return f"{part('prefill')}; {part('decode')}; {completion.finish_reason}"
 
 
-def summary(engine: Engine, completion: Completion) -> str:
-    """The line at the end of a run."""
-    times = engine.timings
-    seeds = f"seed {completion.seed}"
-    if not completion.schedule.is_sober:
-        seeds += f", drug seed {completion.drug_seed}"
-    return f"load {times['load_s']:.2f} s; compile {times['compile_s']:.2f} s; {speeds(completion)}; {seeds}"
+@contextmanager
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Ctrl-C is noted, and raised by the function this gives: between two steps of the model, never inside
+    one, where it would leave the threads and the cache in disorder."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, in the background
+        yield lambda: None
+        return
+    noted = []
 
+    def check():
+        if noted:
+            raise KeyboardInterrupt
 
-def moved(schedule: Schedule, counts: dict[str, int]) -> str:
-    """How many vectors the noise really moved, by site."""
-    dosed = [dose.site for dose in schedule.doses if dose.peak and schedule.scale]
-    parts = [f"{site} {counts.get(site, 0)}" for site in SITES if site in dosed]
-    return f"vectors moved: {', '.join(parts) or 'none, sober'}"
+    signal.signal(signal.SIGINT, lambda *_: noted.append(True))
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -14,14 +14,19 @@ class Choice:
 
 LAWS = {  # mark after the dose, ~LAW
     "uniform": Choice(0, "", "components U[0, 1), one-sided, as published"),
+    "gauss": Choice(1, "~gauss", "components N(0, 1), isotropic"),
+    "sign": Choice(2, "~sign", "components -1 or 1, isotropic to second order, the cheapest"),
 }
 
 FORMS = {  # mark before the site
-    "rotation": Choice(0, "", "turned by the angle, the norm kept"),
+    "rotation": Choice(0, "", "turned by the angle phi, the norm kept"),
+    "L2": Choice(1, "L2", "x + phi |x| r/|r|, the norm not kept"),
+    "NL": Choice(2, "NL", "x + phi |x| o/|o| scaled back to |x|: turned by arctan(phi)"),
 }
 
 ANGLES = {  # mark after the site
-    "uniform": Choice(0, "", "U[0, theta)"),
+    "uniform": Choice(0, "", "phi is U[0, theta)"),
+    "normal": Choice(1, "n", "phi is |N(0, theta)|"),
 }
 
 KINDS = {"law": LAWS, "form": FORMS, "angle": ANGLES}  # by the field of a dose and of a table

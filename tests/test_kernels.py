@@ -1,0 +1,665 @@
+"""Every kernel on its own against float64: one operation is run through the tables the engine runs it by."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import naive
+import numba
+import numpy as np
+import pytest
+from numba import types
+
+from tinydrug.engine.cache import RingCache
+from tinydrug.engine.doses import dose_table
+from tinydrug.formats.config import Config
+from tinydrug.formats.tensor import Tensor
+from tinydrug.formats.weights import Need, Weights, padded
+from tinydrug.kernels import activation, embed, maths, norm, quantise, rope
+from tinydrug.kernels.attention import ATTEND, CHUNK, partial_bytes
+from tinydrug.kernels.memory import aligned
+from tinydrug.kernels.pack import FORMATS, PACKERS
+from tinydrug.kernels.tables import CALL, OP, OPERAND, SPAN, TOKEN
+from tinydrug.kernels.vectors import load, store
+from tinydrug.noise import SOBER
+
+F32 = 2e-6  # a few roundings to float32, relative to the largest summand of each sum
+TILE = 8  # rows past the last token that a tile may touch
+TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 17)
+SHAPES = [(16, 32), (5, 40), (48, 100), (33, 172)]  # rows, columns of a weight
+RNG = np.random.default_rng
+
+
+# --- one operation
+
+
+class Array:
+    """Rows of float32 as an operand: room for a tile past the last row, and a row for each thread."""
+
+    def __init__(self, values: np.ndarray, threads: int, nbytes: int | None = None, private: bool = True):
+        rows = values.reshape(len(values), -1).astype(np.float32)
+        stride = padded(nbytes or 4 * rows.shape[1], 64)
+        self.memory = aligned((len(rows) + TILE + threads, stride), np.uint8)
+        self.shared = self.memory[: len(rows)].view(np.float32)
+        self.shared[:, : rows.shape[1]] = rows
+        self.own = self.memory[-threads:].view(np.float32)
+        self.own[:, : rows.shape[1]] = rows[:1]
+        self.operand = OPERAND.rows()
+        self.operand["data"], self.operand["stride"] = self.memory.ctypes.data, stride
+        if private:
+            self.operand["private"] = self.own.ctypes.data
+
+    def rows(self, private: bool) -> np.ndarray:
+        """What was written, (T, columns); of a private result the threads' copies, which must agree."""
+        if not private:
+            return self.shared
+        np.testing.assert_array_equal(self.own, np.broadcast_to(self.own[:1], self.own.shape))
+        return self.own[:1]
+
+
+class Step:
+    """A call of T tokens at these positions, in one span, and one operation in it, run by n threads in turn."""
+
+    def __init__(self, T: int, threads: int = 1, positions=None, outputs=None):
+        self.threads, self.keep = threads, []
+        self.tokens, self.call, self.op = TOKEN.rows(max(T, 1)), CALL.rows(), OP.rows()
+        self.tokens["position"] = np.arange(T) if positions is None else positions
+        self.tokens["output"] = -1 if outputs is None else outputs
+        self.spans = SPAN.rows()
+        self.spans["count"] = T
+        self.scratch = aligned((threads, 1 << 16), np.uint8)
+        self.sync = aligned(512, np.uint8)
+        for name in ("tokens", "spans", "sync", "scratch"):
+            self.call[name] = getattr(self, name).ctypes.data
+        self.call["scratch_stride"] = self.scratch.strides[0]
+        self.call["n_tokens"], self.call["n_spans"] = T, 1
+        self.call["n_outputs"] = T if outputs is None else np.count_nonzero(np.asarray(outputs) >= 0)
+
+    def run(self, kernel, weight=None, **fields) -> None:
+        for name, value in fields.items():
+            self.op[name] = value.operand.ctypes.data if isinstance(value, Array) else value
+        if weight is not None:
+            weights, name = weight
+            self.op["weight"] = weights.table.ctypes.data + weights[name].row * weights.table.dtype.itemsize
+        self.keep.append((weight, fields))
+        for thread in range(self.threads):
+            kernel(self.call.ctypes.data, self.op.ctypes.data, thread, self.threads)
+
+
+def tensor(name: str, values: np.ndarray, kind: str = "f32") -> Tensor:
+    """values (n, k) as a file would hold them in this kind."""
+    if kind == "f32":
+        data = values.astype("<f4")
+    elif kind == "f16":
+        data = values.astype("<f2")
+    else:
+        data = gguf.quants.quantize(values.astype(np.float32), gguf.GGMLQuantizationType[kind.upper()])
+    data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    return Tensor(name, values.shape, kind, data, "test")
+
+
+def weights(values: np.ndarray, kind: str = "f32", bias=None, **need) -> tuple[Weights, str]:
+    """A loaded matrix, kept in the format of the file."""
+    tensors = {"w": tensor("w", values, kind)}
+    if bias is not None:
+        tensors["b"], need["bias"] = tensor("b", bias), "b"
+    return Weights({"w": Need("w", values.shape, fine=True, **need)}, tensors, "none", 1), "w"
+
+
+def values_of(kind: str, values: np.ndarray) -> np.ndarray:
+    """What the file then holds, float64."""
+    return tensor("w", values, kind).float32().astype(np.float64)
+
+
+def gathered(weight, rows: int) -> np.ndarray:
+    """The first rows of a packed matrix, read back by its own gather kernel, (rows, padded columns)."""
+    loaded, name = weight
+    out = aligned((rows, loaded[name].k), np.float32)
+    gather = FORMATS[loaded[name].format].gather
+    for i in range(rows):
+        gather(loaded.table.ctypes.data, i, out[i].ctypes.data)
+    return out
+
+
+# --- linear maps
+
+FLOATS, BLOCKS = ("f32", "f16", "bf16"), ("q8_0", "q4_0", "q4_1")
+
+
+def linear(weight, x: np.ndarray, y: np.ndarray, onto: bool, threads: int = 1, **step) -> np.ndarray:
+    """x (T, k) -> (T, n); quantised first where the format wants it."""
+    loaded, name = weight
+    T, k, layout = len(x), loaded[name].k, FORMATS[loaded[name].format]
+    call = Step(T, threads)
+    rows = Array(np.pad(x, ((0, 0), (0, k - x.shape[1]))), threads)
+    if layout.quantised:
+        q = Array(np.zeros((T, 1)), threads, nbytes=int(k * quantise.ROW_BYTES))
+        call.run(quantise.quantise, x=rows, y=q, width=k)
+        rows = q
+    out = Array(np.pad(y, ((0, 0), (0, loaded[name].n - y.shape[1]))), threads)
+    call.run(layout.linear, weight=weight, x=rows, y=out, onto=int(onto))
+    return out.shared[:, : y.shape[1]].copy()
+
+
+def activations(x: np.ndarray, kind: str) -> np.ndarray:
+    """x (T, k) as the integer kernels see it: blocks of 32 rounded to int8 with a float32 scale, as float64."""
+    if kind in FLOATS:
+        return x.astype(np.float64)
+    blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(len(x), -1, 32).astype(np.float32)
+    top = np.abs(blocks).max(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(top > 0, np.float32(127) / top, np.float32(0))
+    scaled = np.rint(blocks * inverse).astype(np.float64) * (top * np.float32(1 / 127)).astype(np.float64)
+    return scaled.reshape(len(x), -1)[:, : x.shape[1]]
+
+
+def columns(kind: str, k: int) -> int:
+    """Files hold whole blocks."""
+    return k if kind in FLOATS else padded(k)
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("kind", [*FLOATS, *BLOCKS])
+def test_linear(kind, n, k):
+    rng, k = RNG(n + k), columns(kind, k)
+    w, b, before = rng.normal(size=(n, k)), rng.normal(size=n), rng.normal(size=(17, n)).astype(np.float32)
+    x = rng.normal(size=(17, k)).astype(np.float32)
+    for bias, onto in ((None, False), (b, False), (None, True), (b, True)):
+        weight = weights(w, kind, bias)
+        expected = activations(x, kind) @ values_of(kind, w).T
+        expected += 0 if bias is None else bias.astype(np.float32)
+        expected += before if onto else 0
+        whole = linear(weight, x, before, onto)
+        largest = np.abs(activations(x, kind)).max() * np.abs(w).max() * np.sqrt(k)
+        np.testing.assert_allclose(whole, expected, rtol=0, atol=F32 * largest)
+        for T in TOKENS:  # whatever the tile, and whoever computes it: the same bits
+            for threads in (1, 3):
+                np.testing.assert_array_equal(linear(weight, x[:T], before[:T], onto, threads), whole[:T])
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_spoils_its_own_row_alone(kind, bad):
+    """int8 has no NaN: it must survive in the block's scale."""
+    rng = RNG(0)
+    w, x, y = rng.normal(size=(20, 96)), rng.normal(size=(4, 96)), np.zeros((4, 20))
+    good = linear(weights(w, kind), x, y, False)
+    x[2, 40] = bad
+    found = linear(weights(w, kind), x, y, False)
+    assert not np.isfinite(found[2]).any()
+    np.testing.assert_array_equal(found[[0, 1, 3]], good[[0, 1, 3]])
+
+
+def test_linear_of_no_rows_writes_nothing():
+    rng = RNG(0)
+    call = Step(0)
+    weight = weights(rng.normal(size=(20, 32)))
+    out = Array(np.ones((1, 32)), 1)
+    call.run(FORMATS["f32"].linear, weight=weight, x=Array(np.ones((1, 32)), 1), y=out)
+    np.testing.assert_array_equal(out.shared, 1)
+
+
+# --- quantising activations
+
+
+def test_quantise():
+    x = RNG(1).normal(size=(9, 96)).astype(np.float32) * np.float32(5)
+    x[1], x[2, 32:64], x[3, :32] = 0, 0, 1e-30
+    x[4, :32] = np.linspace(-127, 127, 32)
+    k, call = 96, Step(9, threads=2)
+    q = Array(np.zeros((9, 1)), 2, nbytes=int(k * quantise.ROW_BYTES))
+    call.run(quantise.quantise, x=Array(x, 2), y=q, width=k)
+    stored = q.memory[:9]
+    codes = stored[:, :k].view(np.int8).reshape(9, 3, 32).astype(np.int64)
+    scales = stored[:, k : k + k // 8].view(np.float32)
+    sums = stored[:, k + k // 8 : k + k // 4].view(np.int32)
+    moments = stored[:, k + k // 4 : k + k // 4 + k // 8].view(np.float32)
+    np.testing.assert_array_equal((codes * scales[..., None].astype("f8")).reshape(9, k), activations(x, "q8_0"))
+    assert np.abs(codes).max() == 127
+    np.testing.assert_array_equal(sums, -codes.sum(-1))
+    np.testing.assert_array_equal(moments, scales * codes.sum(-1).astype(np.float32))
+
+
+# --- norms, activations, rope, embeddings
+
+
+@pytest.mark.parametrize("T", [1, 2, 5])
+@pytest.mark.parametrize("D", [32, 40, 48, 172])
+def test_norms(D, T):
+    rng, k = RNG(D), padded(D)
+    x, w, b = rng.normal(size=(T, D)) * 3 + 1, rng.normal(size=D), rng.normal(size=D)
+    loaded = Weights(
+        {"rms": Need("w", (D,), "vector"), "layer": Need("w", (D,), "vector", bias="b")},
+        {"w": tensor("w", w), "b": tensor("b", b)}, "none", 1,
+    )  # fmt: skip
+    x, w, b = (a.astype(np.float32).astype(np.float64) for a in (x, w, b))
+    for kernel, name, expected in (
+        (norm.rms_norm, "rms", naive.rms_norm(x, w, 1e-5)),
+        (norm.layer_norm, "layer", naive.layer_norm(x, w, b, 1e-5)),
+    ):
+        for threads in (1, 2):
+            rows = np.pad(x, ((0, 0), (0, k - D)))
+            y = Array(np.full((T, k), 7.0), threads)
+            source = Array(rows, threads, private=False)
+            Step(T, threads).run(kernel, weight=(loaded, name), x=source, y=y, width=D, eps=1e-5)
+            found = y.rows(private=T == 1)
+            np.testing.assert_allclose(found[:, :D], expected, rtol=F32, atol=F32)
+            np.testing.assert_array_equal(found[:, D:], 0, "padding must stay zero")
+
+
+def test_activations_of_the_mlp():
+    x = np.concatenate([np.linspace(-12, 12, 90), [0, -0.0, 1e-20, 100, -100, 60]])[None]
+    x = np.repeat(x, 3, 0).astype(np.float32)
+    up = RNG(0).normal(size=x.shape).astype(np.float32)
+    wide = x.astype(np.float64)
+    for kernel, fields, expected in (
+        (activation.silu_mul, {"z": up}, naive.silu(np.maximum(wide, -700)) * up),
+        (activation.gelu_tanh, {}, naive.gelu_tanh(wide)),
+        (activation.gelu_erf, {}, naive.gelu(wide)),
+    ):
+        for T in (1, 3):
+            arrays = {name: Array(a[:T], 2) for name, a in fields.items()}
+            y = Array(np.zeros_like(x[:T]), 2)
+            Step(T, 2).run(kernel, x=Array(x[:T], 2), y=y, width=96, **arrays)
+            np.testing.assert_allclose(y.rows(T == 1), expected[:T], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("d", [8, 12, 64, 80])
+def test_rope(d):
+    H, G, T, half, wide = 6, 2, 5, d // 2, padded(d) // 2
+    rng, positions = RNG(d), np.array([0, 1, 63, 500, 4095])
+    x, freq = rng.normal(size=(T, H, d)), rng.uniform(0, 1, half)
+    table = np.zeros((4096, 2, wide), np.float32)
+    angles = np.arange(4096)[:, None] * freq
+    table[:, 0, :half], table[:, 1, :half] = 1.5 * np.cos(angles), 1.5 * np.sin(angles)
+    heads = np.zeros((T, H, 2, wide))
+    heads[..., :half] = x.reshape(T, H, 2, half)
+    for threads in (1, 2):
+        array, z = Array(heads, threads), OPERAND.rows()
+        z["data"], z["stride"] = table.ctypes.data, table.strides[0]
+        step = Step(T, threads, positions)
+        step.run(rope.rope, x=array, y=array, z=z.ctypes.data, heads=H, kv_heads=G, head_dim=2 * wide)
+        found = array.shared.reshape(T, H, 2, wide)
+        expected = naive.rope(x, positions, freq, 1.5).reshape(T, H, 2, half)
+        np.testing.assert_allclose(found[..., :half], expected, atol=2e-6)
+        np.testing.assert_array_equal(found[..., half:], 0)
+
+
+@pytest.mark.parametrize("kind", [*FLOATS, *BLOCKS])
+def test_embed_and_position_and_asked(kind):
+    rng = RNG(3)
+    table, places = rng.normal(size=(20, 64)), rng.normal(size=(9, 64))
+    step = Step(4, threads=2, positions=[3, 0, 8, 8], outputs=[-1, 1, -1, 0])
+    step.tokens["id"] = [19, 0, 7, 7]
+    x = Array(np.zeros((4, 64)), 2)
+    step.run(embed.embed, weight=weights(table, kind), y=x)
+    expected = values_of(kind, table)[[19, 0, 7, 7]].astype(np.float32)
+    np.testing.assert_allclose(x.shared, expected, rtol=1e-7)
+    loaded = Weights({"p": Need("p", (9, 64), "table")}, {"p": tensor("p", places)}, "none", 1)
+    step.run(embed.add_position, weight=(loaded, "p"), x=x, y=x)
+    expected = x.shared.copy()
+    np.testing.assert_allclose(
+        expected, values_of(kind, table)[[19, 0, 7, 7]] + places[[3, 0, 8, 8]], rtol=1e-5, atol=1e-6
+    )
+    asked = Array(np.zeros((2, 64)), 2)
+    step.run(embed.asked, x=x, y=asked, on_outputs=1)
+    np.testing.assert_array_equal(asked.shared, expected[[3, 1]])
+
+
+# --- attention
+
+POSITIONS = [0, 1, 15, 16, 62, 63, 64, 65, 127, 128, 254, 255, 256, 257, 319, 511, 512, 513, 699]
+
+
+def config(H: int, G: int, d: int) -> Config:
+    return Config("llama", 2, H * d, H, G, d, 32, 32, 1024, 1e-5, "silu", False)
+
+
+class Attention:
+    """A ring cache with keys and values of many positions written into it by the engine's own kernel."""
+
+    def __init__(self, H, G, d, cell, slots=1024, written=700, layer=1, seed=0):
+        self.H, self.G, self.d, self.cell, self.layer = H, G, d, cell, layer
+        self.wide, rng = padded(d), RNG(seed)
+        self.config = config(H, G, d)
+        self.cache = RingCache(self.config, slots, cell)
+        self.doses = dose_table(SOBER, 2, cell)
+        self.keys, self.values = (rng.normal(size=(written, G, d)).astype(np.float32) for _ in range(2))
+        step = self.step(np.arange(written), threads=2)
+        k, v = (Array(self.heads(x), 2) for x in (self.keys, self.values))
+        step.run(rope.write_cache, x=k, z=v, **self.fields(G))
+        if cell == "f16":
+            self.keys, self.values = (x.astype(np.float16).astype(np.float64) for x in (self.keys, self.values))
+
+    def heads(self, x):
+        """(T, heads, d) -> (T, heads, 2, padded half)."""
+        out = np.zeros((*x.shape[:2], 2, self.wide // 2))
+        out[..., : self.d // 2] = x.reshape(*x.shape[:2], 2, self.d // 2)
+        return out
+
+    def fields(self, heads):
+        element = {"f16": 2, "f32": 4}[self.cell]
+        return dict(layer=self.layer, cell=element, heads=heads, kv_heads=self.G, head_dim=self.wide)
+
+    def step(self, positions, threads):
+        step = Step(len(positions), threads, positions)
+        step.spans["keys"], step.spans["values"] = self.cache.keys.ctypes.data, self.cache.values.ctypes.data
+        step.spans["slots"], step.spans["doses"] = self.cache.slots, self.doses.ctypes.data
+        step.call["sites"] = self.doses.shape[1]
+        tiles = self.G * (self.H // self.G // 8 + 2)
+        self.parts = aligned(tiles * (1024 // CHUNK + 2) * partial_bytes(self.wide), np.uint8)
+        self.counts = aligned(tiles, np.int64)
+        step.call["parts"], step.call["part_counts"] = self.parts.ctypes.data, self.counts.ctypes.data
+        return step
+
+    def attend(self, q, positions, window, threads=2):
+        """q (T, H, d) -> (T, H, d)."""
+        step, y = self.step(positions, threads), Array(self.heads(np.full_like(q, 9)), threads)
+        x, scale = Array(self.heads(q), threads), self.d**-0.5
+        window = window or 1 << 30
+        step.run(ATTEND[self.cell], x=x, y=y, window=window, scale=scale, site=3, value_site=4, **self.fields(self.H))
+        found = y.shared.reshape(len(q), self.H, 2, self.wide // 2)
+        np.testing.assert_array_equal(found[..., self.d // 2 :], 0)
+        return found[..., : self.d // 2].reshape(q.shape)
+
+    def expected(self, q, positions, window):
+        at = np.arange(len(self.keys))
+        rows = [
+            naive.attend(x.astype(np.float64), self.keys, self.values, p, at, window)
+            for x, p in zip(q, positions, strict=True)
+        ]
+        return np.stack(rows)
+
+
+@pytest.mark.parametrize("window", [None, 1, 20, 256, 300])
+@pytest.mark.parametrize(("H", "G", "d"), [(4, 4, 8), (6, 2, 12), (4, 1, 32), (16, 2, 64), (9, 1, 8), (17, 1, 96)])
+def test_attention_of_one_token(H, G, d, window):
+    """Groups of 1 to 17 query heads; positions on both sides of every boundary there is (16, 64, 256)."""
+    attention = Attention(H, G, d, "f32")
+    q = RNG(1).normal(size=(len(POSITIONS), H, d)).astype(np.float32) * 2
+    found = [attention.attend(q[i : i + 1], [p], window) for i, p in enumerate(POSITIONS)]
+    expected = attention.expected(q, POSITIONS, window)
+    np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 20, 300])
+@pytest.mark.parametrize("cell", ["f16", "f32"])
+def test_attention_of_many_tokens_has_the_bits_of_one(cell, window):
+    attention = Attention(6, 2, 12, cell)
+    positions = np.arange(120, 700)
+    q = RNG(2).normal(size=(len(positions), 6, 12)).astype(np.float32) * 2
+    whole = attention.attend(q, positions, window)
+    np.testing.assert_allclose(whole, attention.expected(q, positions, window), rtol=0, atol=2e-6)
+    for p in POSITIONS:
+        if p >= 120:
+            at = slice(p - 120, p - 119)
+            for threads in (1, 3):
+                np.testing.assert_array_equal(attention.attend(q[at], [p], window, threads), whole[at])
+    np.testing.assert_array_equal(attention.attend(q[77:96], positions[77:96], window), whole[77:96])
+
+
+def test_attention_in_a_wrapped_ring():
+    """128 slots, 700 positions written: those of the window are where the later ones have not been."""
+    attention = Attention(4, 2, 16, "f32", slots=128)
+    q = RNG(3).normal(size=(20, 4, 16)).astype(np.float32) * 2
+    positions = np.arange(680, 700)
+    expected = attention.expected(q, positions, 100)
+    np.testing.assert_allclose(attention.attend(q, positions, 100), expected, rtol=0, atol=2e-6)
+    for i in (0, 19):
+        one = attention.attend(q[i : i + 1], positions[i : i + 1], 100)
+        np.testing.assert_array_equal(one, attention.attend(q, positions, 100)[i : i + 1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_attention_shows_what_is_not_finite(bad):
+    attention = Attention(4, 2, 16, "f32", written=40)
+    q = RNG(3).normal(size=(2, 4, 16)).astype(np.float32)
+    q[1, 2, 3] = bad
+    found = attention.attend(q, [30, 31], None)
+    assert np.isfinite(found[0]).all() and not np.isfinite(found[1, 2]).any()
+    assert np.isfinite(found[1, [0, 1, 3]]).all()
+
+
+def test_scores_far_apart_and_far_below_zero():
+    """All scores below -10,000: the running maximum must still find them."""
+    attention = Attention(2, 1, 8, "f32", written=300)
+    attention.cache.keys[:], attention.keys[:] = 0, -500
+    step = attention.step(np.arange(300), 1)
+    k, v = (Array(attention.heads(x), 1) for x in (attention.keys, attention.values))
+    step.run(rope.write_cache, x=k, z=v, **attention.fields(1))
+    q = np.full((1, 2, 8), 30.0, np.float32)
+    expected = attention.expected(q, [299], None)
+    np.testing.assert_allclose(attention.attend(q, [299], None), expected, rtol=0, atol=2e-6)
+
+
+# --- functions
+
+FUNCTION = {"exp": 0, "tanh": 1, "erf": 2, "sigmoid": 3, "sin": 4, "cos": 5}
+
+
+@pytest.fixture(scope="module")
+def function():
+    """function(name, x (n,) float32) -> the kernel's function of each."""
+
+    @numba.cfunc(types.void(types.int64, types.int64, types.int64, types.int64), error_model="numpy")
+    def apply(which, x, y, nbytes):
+        for j in range(0, nbytes, 64):
+            v = load(x + j)
+            if which == 0:
+                v = maths.exp(v)
+            elif which == 1:
+                v = maths.tanh(v)
+            elif which == 2:
+                v = maths.erf(v)
+            elif which == 3:
+                v = maths.sigmoid(v)
+            elif which == 4:
+                v = maths.sin_cos_half(v)[0]
+            else:
+                v = maths.sin_cos_half(v)[1]
+            store(y + j, v)
+
+    def call(name, x):
+        source, target = aligned(padded(len(x)), np.float32), aligned(padded(len(x)), np.float32)
+        source[: len(x)] = x
+        apply.ctypes(FUNCTION[name], source.ctypes.data, target.ctypes.data, source.nbytes)
+        return target[: len(x)].copy()
+
+    return call
+
+
+def test_exp(function):
+    x = np.concatenate([np.linspace(-86.9, 88.7, 20001), [0, -0.0, 1e-30, 88.72]]).astype(np.float32)
+    found = function("exp", x)
+    np.testing.assert_allclose(found[:-1], np.exp(x[:-1].astype(np.float64)), rtol=3e-7)
+    assert found[-4] == found[-3] == found[-2] == 1  # exactly: a softmax's largest weight
+    extremes = function("exp", np.array([-87.5, -1e4, -np.inf, 89, 1e4, np.inf, np.nan], np.float32))
+    np.testing.assert_array_equal(extremes, [0, 0, 0, np.inf, np.inf, np.inf, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "edge"),
+    [
+        ("tanh", np.tanh, [-1, 1, np.nan]),
+        ("erf", np.vectorize(__import__("math").erf), [-1, 1, np.nan]),
+        ("sigmoid", lambda x: 1 / (1 + np.exp(-x)), [0, 1, np.nan]),
+    ],
+)
+def test_saturating_functions(name, exact, edge, function):
+    x = np.concatenate([np.linspace(-20, 20, 20001), np.linspace(-1e-3, 1e-3, 101)]).astype(np.float32)
+    np.testing.assert_allclose(function(name, x), exact(x.astype(np.float64)), rtol=0, atol=3e-7)
+    np.testing.assert_array_equal(function(name, np.array([-np.inf, np.inf, np.nan], np.float32)), edge)
+
+
+def test_sine_and_cosine_of_twice_the_argument(function):
+    half = np.linspace(-np.pi / 2, np.pi / 2, 20001).astype(np.float32)
+    wide = 2 * half.astype(np.float64)
+    sin, cos = function("sin", half), function("cos", half)
+    np.testing.assert_allclose(sin, np.sin(wide), rtol=0, atol=3e-7)
+    np.testing.assert_allclose(cos, np.cos(wide), rtol=0, atol=3e-7)
+    np.testing.assert_allclose(sin.astype("f8") ** 2 + cos.astype("f8") ** 2, 1, rtol=0, atol=5e-7)
+
+
+# --- packing
+
+
+@pytest.mark.parametrize("kind", [*FLOATS, *BLOCKS])
+@pytest.mark.parametrize("quant", ["none", "f32", "q8", "q4"])
+def test_packed_rows_come_back(kind, quant):
+    """Every kind of tensor in every format it can be loaded as, read back row by row."""
+    w = RNG(4).normal(size=(37, 64)).astype(np.float32)
+    w[0], w[1, :32], w[2, 5] = 0, 0.25, -30
+    loaded = Weights({"w": Need("w", w.shape, fine=True)}, {"w": tensor("w", w, kind)}, quant, 2), "w"
+    held = values_of(kind, w).astype(np.float32)
+    name = loaded[0]["w"].format
+    assert name == {"none": kind, "f32": "f32", "q8": "q8_0", "q4": "q8_0"}[quant]
+    expected = held if name == kind or name == "f32" else round_trip(held, name)
+    np.testing.assert_allclose(gathered(loaded, 37), expected, rtol=1e-7, atol=0)
+    assert not gathered(loaded, loaded[0]["w"].n)[37:].any(), "rows of padding must be zero"
+
+
+@pytest.mark.parametrize(("kind", "name"), [pair for pair in PACKERS if pair[0] in FLOATS])
+def test_every_packer_of_floats(kind, name):
+    """Pairs no option asks for today included: a format is one registry line away."""
+    w = RNG(5).normal(size=(16, 70)).astype(np.float32)
+    held = np.pad(values_of(kind, w).astype(np.float32), ((0, 0), (0, 26)))
+    found = packed(kind, name, tensor("w", w, kind).data, 70)
+    if name == "bf16":  # truncated: exact for what came from bf16, the only case there is
+        expected = (held.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    else:
+        expected = held.astype(np.float16).astype(np.float32) if name == "f16" else round_trip(held, name)
+    np.testing.assert_allclose(found, expected, rtol=1e-7, atol=0)
+
+
+def packed(kind: str, name: str, data: np.ndarray, k: int) -> np.ndarray:
+    """One panel of 16 rows packed by the kernel of this pair and read back, (16, padded k)."""
+    from tinydrug.kernels.pack import SOURCE
+    from tinydrug.kernels.tables import WEIGHT
+
+    layout, wide = FORMATS[name], padded(k)
+    out = aligned(wide // 32 * layout.panel_bytes, np.uint8)
+    scales = aligned(max(1, wide // 32 * layout.scale_bytes), np.uint8)
+    rows, scratch = np.arange(16, dtype=np.int32), aligned(64 + 4 * wide, np.uint8)
+    element = {"f32": 4, "f16": 2, "bf16": 2}.get(kind, 0)
+    source, weight = SOURCE.rows(), WEIGHT.rows()
+    source["data"], source["row_stride"], source["column_stride"] = data.ctypes.data, len(data) // 16, element
+    source["rows"], source["k"], source["group"], source["padded_group"] = rows.ctypes.data, k, k, k
+    source["padded_k"], source["data_out"], source["scales_out"] = wide, out.ctypes.data, scales.ctypes.data
+    PACKERS[kind, name](source.ctypes.data, 0, 1, scratch.ctypes.data)
+    weight["n"], weight["k"], weight["data"], weight["scales"] = 16, wide, out.ctypes.data, scales.ctypes.data
+    back = aligned((16, wide), np.float32)
+    for i in range(16):
+        layout.gather(weight.ctypes.data, i, back[i].ctypes.data)
+    return back
+
+
+def round_trip(values: np.ndarray, name: str) -> np.ndarray:
+    """float32 through a format, by the library that defined it."""
+    if name == "f32":
+        return values
+    kind = gguf.GGMLQuantizationType[name.upper()]
+    return gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
+
+
+@pytest.mark.parametrize(("kind", "name"), [pair for pair in PACKERS if pair[0] in BLOCKS])
+def test_every_packer_of_blocks(kind, name):
+    w = RNG(6).normal(size=(16, 96)).astype(np.float32)
+    stored = tensor("w", w, kind)
+    held = stored.float32()
+    expected = held if name == kind else (held.view(np.uint32) & 0xFFFF0000).view("f4") if name == "bf16" else (
+        held.astype("f2").astype("f4") if name == "f16" else round_trip(held, name))  # fmt: skip
+    np.testing.assert_allclose(packed(kind, name, stored.data, 96), expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("quant", ["f32", "q8", "q4"])
+@pytest.mark.parametrize("special", [np.nan, np.inf, 1e30])
+def test_weights_that_are_not_finite_stay_so(special, quant):
+    w = np.ones((16, 64), np.float32)
+    w[3, 40] = special
+    loaded = Weights({"w": Need("w", w.shape)}, {"w": tensor("w", w)}, quant, 1), "w"
+    found = linear(loaded, np.ones((2, 64), np.float32), np.zeros((2, 16)), False)
+    assert np.isfinite(found[:, [0, 1, 2, 4]]).all()
+    assert (quant == "f32" and special == 1e30) or not np.isfinite(found[:, 3]).any()
+
+
+def halves(x: np.ndarray, d: int) -> np.ndarray:
+    """Columns that are heads of width d -> each as two padded halves."""
+    heads = x.reshape(len(x), -1, 2, d // 2)
+    return np.pad(heads, ((0, 0),) * 3 + ((0, padded(d) // 2 - d // 2),)).reshape(len(x), -1)
+
+
+LAYOUTS = {  # name: fields of Need, the matrix in the file -> the rows the engine computes with
+    "heads of 12 rows": (dict(out_head=12), lambda w: halves(w.T, 12).T),
+    "heads of 12 columns": (dict(in_head=12), lambda w: halves(w, 12)),
+    "heads of 32": (dict(in_head=32, out_head=32), lambda w: w),
+    "interleaved heads": (
+        dict(out_head=12, interleaved=True),
+        lambda w: halves(w.reshape(-1, 6, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape).T, 12).T,
+    ),
+    "transposed": (dict(transposed=True), lambda w: w.T),
+    "transposed, part of the rows": (dict(transposed=True, columns=(32, 64)), lambda w: w.T[32:64]),
+    "part of the rows, in heads": (dict(columns=(12, 36), out_head=12), lambda w: halves(w[12:36].T, 12).T),
+}
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name, kind):
+    fields, arrange = LAYOUTS[name]
+    w = RNG(7).normal(size=(96, 96))
+    weight = weights(w, kind, **fields)
+    expected = arrange(values_of(kind, w))
+    found = gathered(weight, len(expected))
+    np.testing.assert_allclose(found[:, : expected.shape[1]], expected, rtol=1e-7)
+    assert not found[:, expected.shape[1] :].any()
+    if "in_head" not in fields:
+        bias = RNG(8).normal(size=w.shape[1] if "transposed" in fields else w.shape[0])
+        row = weights(w, kind, bias, **fields)[0].table[0]
+        address = np.ctypeslib.as_array((__import__("ctypes").c_float * int(row["n"])).from_address(row["bias"]))
+        expected = arrange(np.repeat(bias[:, None], 96, 1).T if "transposed" in fields else np.repeat(bias[:, None], 96, 1))
+        np.testing.assert_allclose(address[: len(expected)], expected[:, 0], rtol=1e-6)
+
+
+# --- instruction sets
+
+ISA_RUN = """
+import hashlib, json, sys
+import numpy as np
+from engines import logits, runtime
+from test_kernels import linear, weights
+from tinydrug.kernels.isa import ISA
+import tiny
+out = {"isa": ISA}
+for quant in ("q8", "q4"):
+    model = runtime(sys.argv[1], quant=quant)
+    out[quant] = hashlib.sha256(logits(model, tiny.ids("llama-gqa")).tobytes()).hexdigest()
+w, x = np.random.default_rng(0).normal(size=(2, 64, 96))
+w[:, 0], x[:, 1] = 100, -100  # the largest products there are: 127 * 255
+for kind in ("q8_0", "q4_0", "q4_1"):
+    y = [linear(weights(w, kind), x[:T], np.zeros((T, 64)), False) for T in (1, 4, 17)]
+    out[kind] = hashlib.sha256(b"".join(a.tobytes() for a in y)).hexdigest()
+print(json.dumps(out))
+"""
+
+
+def test_every_instruction_set_gives_the_same_bits(tiny_model):
+    from tinydrug.kernels.isa import KNOWN
+
+    found = {}
+    tests = Path(__file__).parent
+    for isa in KNOWN:
+        env = os.environ | {"TINYDRUG_ISA": isa, "PYTHONPATH": os.pathsep.join(map(str, (tests, *filter(None, sys.path))))}
+        command = [sys.executable, "-c", ISA_RUN, str(tiny_model("llama-gqa"))]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        if done.returncode and "this machine runs" in done.stderr:
+            continue
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert result.pop("isa") == isa
+        found[isa] = result
+    assert "portable" in found
+    for isa, result in found.items():
+        assert result == found["portable"], isa

@@ -1,0 +1,31 @@
+"""`tinydrug models`: the names a model can be called by, and which of them are on this disk."""
+
+from tinydrug.cli.options import Formatter, Parser
+from tinydrug.errors import ModelNotFound
+from tinydrug.hub import home, resolve
+from tinydrug.hub.cache import listing
+from tinydrug.hub.table import read_table
+
+
+def run(argv: list[str]) -> int:
+    """Print the list; returns the exit status."""
+    Parser("tinydrug models", description=__doc__.strip(), formatter_class=Formatter).parse_args(argv)
+    table = read_table()
+    rows = []
+    for name, model in table.models.items():
+        mark = " (default)" if name == table.default else ""
+        rows.append((name + mark, f"{model.gb:g} GB", _here(name), f"{model.source}, {model.license}"))
+    for name in sorted(listing(home()) - table.models.keys()):
+        if found := _here(name):
+            rows.append((name, "", found, "your own"))
+    for name, size, here, source in rows:
+        print(f"{name:<28} {size:>8}  {here:<8}  {source}")
+    return 0
+
+
+def _here(name: str) -> str:
+    try:
+        resolve(name, pull=False, offline=True)
+    except ModelNotFound:
+        return ""
+    return "on disk"
