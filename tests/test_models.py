@@ -199,12 +199,14 @@ def test_biases_of_a_model_whose_mlp_is_as_wide_as_its_hidden_state(attention, m
 def divergence(found: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """Mean KL(reference || found) over rows, and the mean cosine of their logits."""
     p, q = naive.softmax(reference.astype(np.float64)), naive.softmax(found.astype(np.float64))
-    cosines = (found * reference).sum(-1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(reference, axis=-1)
+    cosines = (
+        (found * reference).sum(-1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(reference, axis=-1)
+    )
     return float((p * np.log(p / q)).sum(-1).mean()), float(cosines.mean())
 
 
 def rounded(name: str, w: np.ndarray, config: dict, quant: str) -> np.ndarray:
-    """A tensor after --quant, by ggml's rules: blocks of 32 columns, in which a head begins a block of its own."""
+    """A tensor after --quant, by ggml's rules, in blocks of 32 columns; a head begins a block of its own."""
     if w.ndim == 1 or "wpe" in name:
         return w
     conv1d = config["model_type"] == "gpt2" and name.split(".")[-2] != "wte"

@@ -11,7 +11,7 @@ import numpy as np
 
 from tinydrug.api import Engine
 from tinydrug.engine.cache import RingCache
-from tinydrug.engine.runtime import Runtime
+from tinydrug.engine.runtime import REWIND_EVERY, Runtime
 from tinydrug.engine.threads import check_threads
 from tinydrug.errors import BadModelFile, ConfigError
 from tinydrug.formats.checkpoint import Checkpoint, open_checkpoint
@@ -46,6 +46,7 @@ def load(
     ctx: int | None = None,
     cache: str = "f16",
     chunk: int = 512,
+    rewind_every: int = REWIND_EVERY,
     mmap: bool = True,
     check_tensors: bool = False,
     pull: bool | None = None,
@@ -58,6 +59,7 @@ def load(
 
     quant: none (as the file has it), f32, q8 or q4. threads: None for all this process may use. ctx:
     tokens of context, 0 or None for the model's own. cache: f16 or f32. chunk: prompt tokens fed at once.
+    rewind_every: drugged tokens after which the cache is written anew without noise, 0 for never.
     pull, offline, ask, bars: how a model that is not on disk is come by (hub.resolve). progress(phase,
     share) is called for "load" and "compile".
 
@@ -65,6 +67,10 @@ def load(
     """
     if quant not in QUANTS:
         raise ConfigError(f"--quant: {quant!r} is not one of {', '.join(QUANTS)}", "quant")
+    if isinstance(rewind_every, bool) or not isinstance(rewind_every, int) or rewind_every < 0:
+        raise ConfigError(
+            f"--rewind-every: {rewind_every!r} is not a number of tokens (0: never)", "rewind_every"
+        )
     if cache not in ("f16", "f32"):
         raise ConfigError(f"--cache-type: {cache!r} is not f16 or f32", "cache")
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
@@ -91,6 +97,7 @@ def load(
         n_ctx=n_ctx,
         cell=cache,
         chunk=min(chunk, n_ctx),
+        rewind_every=rewind_every,
         progress=progress and (lambda share: progress("compile", share)),
     )
     timings = {"load_s": loaded - start, "compile_s": time.perf_counter() - loaded}

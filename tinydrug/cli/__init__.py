@@ -49,9 +49,10 @@ def _chosen(words: list[str]) -> int:
     """The command that the first word names; without one, generation."""
     if words and not words[0].startswith("-"):
         if words[0] not in COMMANDS:
-            near = difflib.get_close_matches(words[0], COMMANDS)
-            advice = f"did you mean {near[0]}?" if near else f"there is {', '.join(COMMANDS)}"
-            raise ConfigError(f"there is no command {words[0]!r}: {advice} A prompt goes after -p, in quotes")
+            near = difflib.get_close_matches(words[0], COMMANDS, n=1) or COMMANDS
+            raise ConfigError(
+                f"there is no command {words[0]!r}, only {', '.join(near)}; a prompt goes after -p, in quotes"
+            )
         return importlib.import_module(COMMANDS[words[0]]).run(words[1:])
     from tinydrug.cli.options import parse
 

@@ -16,8 +16,8 @@ def run(argv: list[str]) -> int:
         mark = " (default)" if name == table.default else ""
         rows.append((name + mark, f"{model.gb:g} GB", _here(name), f"{model.source}, {model.license}"))
     for name in sorted(listing(home()) - table.models.keys()):
-        if found := _here(name):
-            rows.append((name, "", found, "your own"))
+        if (home() / name).is_dir() or name.endswith(".gguf"):
+            rows.append((name, "", _here(name), "your own"))
     for name, size, here, source in rows:
         print(f"{name:<28} {size:>8}  {here:<8}  {source}")
     return 0

@@ -93,8 +93,8 @@ def _check_names(argv: list[str], known: dict) -> None:
             raise ConfigError(f"there is no {name}: use {ELSEWHERE[name]}")
         longer = f"-{name}" if name.startswith("-") and f"-{name}" in known else None  # -temp
         if name.startswith("--") or longer:
-            near = [longer] if longer else difflib.get_close_matches(name, known, n=2)
-            advice = f"did you mean {' or '.join(near)}?" if near else "see --help"
+            near = [longer] if longer else difflib.get_close_matches(name, known, n=1)
+            advice = f"did you mean {near[0]}?" if near else "see --help"
             raise ConfigError(f"there is no {name}: {advice}")
 
 
@@ -200,8 +200,9 @@ def _parser() -> Parser:
     add("-no-cnv", "--no-conversation", dest="conversation", action="store_false",
         help="continue the text as it is")
     add("-st", "--single-turn", **on, help="leave the chat after one answer")
-    add("--chat-template", metavar="WHICH", help="a known name (chatml, llama2, llama3, mistral, zephyr), a file, "
-        "or Jinja itself (default: the model's own)")
+    add("--chat-template", metavar="WHICH",
+        help="a known name (chatml, llama2, llama3, mistral, zephyr), a file, or Jinja itself (default: the "
+        "model's own)")
     add("--echo", "--display-prompt", **on, help="write what the model reads before what it writes")
 
     add = group("generation")

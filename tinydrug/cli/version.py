@@ -25,5 +25,5 @@ def describe() -> str:
 
 def kernel_folder() -> str:
     """Where compiled kernels are kept, by the rule of kernels.jit, which would import Numba."""
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.environ.get("TINYDRUG_CACHE_DIR") or os.path.join(caches, "tinydrug")
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.environ.get("TINYDRUG_CACHE_DIR", os.path.join(caches, "tinydrug"))

@@ -97,8 +97,11 @@ def _decode(runtime, requests, active) -> dict[int, np.ndarray]:
     for at in range(0, len(active), runtime.chunk):
         group = active[at : at + runtime.chunk]
         for i in group:
-            if requests[i].session.pos == runtime.n_ctx:
-                requests[i].session.shift(requests[i].shift_keep)
+            session = requests[i].session
+            if session.rewind_every and session.dirty >= session.rewind_every:
+                session.sober_up()
+            if session.pos == runtime.n_ctx:
+                session.shift(requests[i].shift_keep)
         rows = runtime.step([Part(requests[i].session, requests[i].generated[-1:], True, 1) for i in group])
         logits |= {
             i: row if len(active) <= runtime.chunk else row.copy() for i, row in zip(group, rows, strict=True)

@@ -19,18 +19,23 @@ from tinydrug.kernels.team import Team, post, serve
 from tinydrug.models.program import Program, Value
 from tinydrug.noise import SITES, SOBER
 
+REWIND_EVERY = (
+    420  # drugged tokens after which the cache is written anew without noise, as in DRµGS; 0: never
+)
 TILE = 8  # rows a linear tile may reach past the last token
 
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive new tokens of one session in a step: all drugged or all sober; `outputs` asks for logits of
-    the last so many of them."""
+    """Consecutive tokens of one session in a step: all drugged or all sober; `outputs` asks for logits of the
+    last so many of them. `start`: they are in the cache already, from this position on, and are written anew;
+    None: they are new."""
 
     session: "object"
     ids: Sequence[int]
     drugged: bool
     outputs: int
+    start: int | None = None
 
 
 class Runtime:
@@ -46,11 +51,12 @@ class Runtime:
         n_ctx: int,
         cell: str = "f16",
         chunk: int = 512,
-        rewind: int = 0,
+        rewind_every: int = REWIND_EVERY,
         progress: Callable[[float], None] | None = None,
     ):
         self.config, self.weights, self.n_ctx, self.cell, self.chunk = config, weights, n_ctx, cell, chunk
-        self.slots = slots_needed(n_ctx, config.sliding_window, chunk, rewind)
+        self.rewind_every = rewind_every
+        self.slots = slots_needed(n_ctx, config.sliding_window, chunk, rewind_every)
         self._lock = threading.Lock()
         self._program = Program(config, weights, cell)
         self._outputs = architecture.forward(self._program, config, n_ctx)
@@ -119,8 +125,10 @@ class Runtime:
         ahead: dict[int, int] = {}  # tokens this step already gives a session
         for s, part in enumerate(parts):
             session, n = part.session, len(part.ids)
-            start = session.pos + ahead.get(id(session), 0)
-            ahead[id(session)] = ahead.get(id(session), 0) + n
+            start = part.start
+            if start is None:
+                start = session.pos + ahead.get(id(session), 0)
+                ahead[id(session)] = ahead.get(id(session), 0) + n
             doses = session.doses if part.drugged else self.sober
             keys, values = session.cache.keys.ctypes.data, session.cache.values.ctypes.data
             noise = doses.ctypes.data, session.noise_seed, session.schedule.sink, session.moved.ctypes.data
@@ -135,7 +143,8 @@ class Runtime:
         call["n_tokens"], call["n_outputs"], call["n_spans"] = t, n_outputs, len(parts)
         self._team.run()
         for part in parts:
-            part.session.advance(part.ids, part.drugged)
+            if part.start is None:
+                part.session.advance(part.ids, part.drugged)
         return self._logits[:n_outputs]
 
     def _compile(self, progress):

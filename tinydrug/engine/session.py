@@ -1,6 +1,6 @@
 """One sequence: its cache, its tokens, its schedule of noise."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,6 +20,9 @@ class Session:
         self.cache: RingCache = runtime.new_cache()
         self.ids: list[int] = []  # every token in the cache, in order
         self.moved = np.zeros(len(SITES), np.int64)  # vectors that noise has moved, by site
+        self.rewind_every = runtime.rewind_every
+        self.spans: list[tuple[int, int]] = []  # positions first .. last - 1 that were written under noise
+        self._clean: int | None = None  # rows before this are as if never drugged; None: all are
         self._written = 0  # positions ever written since the last reset: which slots are spoilt
         self.dose(schedule, noise_seed)
 
@@ -67,21 +70,66 @@ class Session:
 
     def advance(self, ids: Sequence[int], drugged: bool) -> None:
         """Called by the runtime: these tokens are in the cache now."""
+        first = max(self.pos, self.schedule.sink)
         self.ids.extend(map(int, ids))
         self._written = max(self._written, self.pos)
+        if drugged and first < self.pos and self.doses["theta"].any():
+            if self.spans and self.spans[-1][1] == first:
+                first = self.spans.pop()[0]
+            self.spans.append((first, self.pos))
+            self._clean = first if self._clean is None else self._clean
+
+    # --- write drunk, edit sober ----------------------------------------------------------------------
+    @property
+    def dirty(self) -> int:
+        """Tokens in the cache that were written under noise."""
+        return sum(last - first for first, last in self.spans)
+
+    def sober_up(self, interrupt: Callable[[], bool] = lambda: False, chunk: int | None = None) -> int:
+        """Write the cache anew without noise, from the first row that noise touched on -> rows still to do.
+
+        Rows read after drugged ones are written anew too, since they have seen them. Afterwards the cache
+        equals, bit for bit, one that was never drugged. Between chunks of so many tokens, interrupt() may
+        stop the work; what is done stays done."""
+        if self._clean is None:
+            return 0
+        if self._lost(
+            self._clean
+        ):  # the ring no longer holds what these rows must see: from the start, at once
+            self._clean, interrupt = 0, lambda: False
+        while self._clean is not None and not interrupt():
+            end = min(self._clean + (chunk or self.runtime.chunk), self.pos)
+            self.runtime.step([Part(self, self.ids[self._clean : end], False, 0, self._clean)])
+            self._clean = end
+            self._trim()
+        return 0 if self._clean is None else self.pos - self._clean
+
+    def _trim(self) -> None:
+        """Forget spans that were cleaned or cut off."""
+        clean, pos = self.pos if self._clean is None else self._clean, self.pos
+        cut = [(max(first, clean), min(last, pos)) for first, last in self.spans]
+        self.spans = [(first, last) for first, last in cut if first < last]
+        if self._clean is not None and self._clean >= pos:
+            self._clean = None
+
+    def _lost(self, pos: int) -> bool:
+        """Whether a token at this position would look back at slots that later positions have taken."""
+        window = self.runtime.config.sliding_window
+        seen = 0 if window is None else max(0, pos - window + 1)
+        return pos > 0 and seen < self._written - self.cache.slots
 
     def rewind(self, n: int) -> None:
         """Forget the last n tokens. ValueError if the ring no longer holds what the tokens before them must
         see."""
-        pos, window = self.pos - n, self.runtime.config.sliding_window
+        pos = self.pos - n
         if n < 0 or pos < 0:
             raise ValueError(f"cannot rewind {n} of {self.pos} tokens")
-        oldest_seen = 0 if window is None else max(0, pos - window + 1)
-        if oldest_seen < self._written - self.cache.slots and pos > 0:
+        if self._lost(pos):
             raise ValueError(
-                f"cannot rewind {n} tokens: {self.cache.slots} slots no longer hold position {oldest_seen}"
+                f"cannot rewind {n} tokens: {self.cache.slots} slots no longer hold what came before"
             )
         del self.ids[pos:]
+        self._trim()
 
     def shift(self, keep: int) -> None:
         """Make room in a full context: keep the first `keep` tokens and the later half of the rest, and read
@@ -91,12 +139,11 @@ class Session:
         tokens gives."""
         keep = min(keep, self.pos)
         kept = self.ids[:keep] + self.ids[keep + (self.pos - keep + 1) // 2 :]
-        self.ids, self._written = [], 0
+        self.ids, self.spans, self._clean, self._written = [], [], None, 0
         if kept:
             self.feed(kept)
 
     def reset(self) -> None:
         """An empty sequence; doses stay, counters start anew."""
-        self.ids.clear()
+        self.ids, self.spans, self._clean, self._written = [], [], None, 0
         self.moved[:] = 0
-        self._written = 0
