@@ -87,14 +87,16 @@ def test_any_text_is_a_dose_or_a_drug_error(text):
 SITES_LISTED = (
     "the sites are H (normed block input, before q, k, v); Q (query heads, before RoPE); "
     "pK (new key heads, before RoPE and cache); K (cached key heads, at each read, after RoPE); "
-    "V (cached value heads, at each read); A (attention output heads, before o_proj)"
+    "V (cached value heads, at each read); A (attention output heads, before o_proj); "
+    "M (MLP activations, before down_proj)"
 )
 RESIDUAL = (
     "noise never enters the residual stream: it would stay in the sum that every later layer reads; "
     "dose H, the normed copy of it that a block reads"
 )
 FORMS_LISTED = (
-    "rotation (no mark: turned by the angle phi, the norm kept), L2 (L2: x + phi |x| r/|r|, the norm not kept), "
+    "rotation (no mark: turned by the angle phi, the norm kept), "
+    "L2 (L2: x + phi |x| r/|r|, the norm not kept), "
     "NL (NL: x + phi |x| o/|o| scaled back to |x|: turned by arctan(phi))"
 )
 ANGLES_LISTED = "uniform (no mark: phi is U[0, theta)), normal (n: phi is |N(0, theta)|)"

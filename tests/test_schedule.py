@@ -131,8 +131,49 @@ def test_table_has_a_row_a_layer_and_a_column_a_site():
 def test_table_carries_the_codes():
     table = Schedule.parse("NLKn:0.1~gauss,V:0.1").table(2)
     for layer in range(2):
-        assert table[layer, SITES["K"].code].item() == (0.1, 1, 2, 1)
-        assert table[layer, SITES["V"].code].item() == (0.1, 0, 0, 0)
+        assert table[layer, SITES["K"].code].item() == (0.1, 1, 2, 1, 0, 0, 0, 0, 0)
+        assert table[layer, SITES["V"].code].item() == (0.1, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def test_table_carries_what_becomes_of_a_dose_over_time():
+    table = Schedule.parse("K:0.1~wander:32+cosine:200,M:0.1~gauss+held+tied,A:0.1~linear:9").table(1)
+    assert table[0, SITES["K"].code].item() == (0.1, 0, 0, 0, 2, 32, 1, 200, 0)
+    assert table[0, SITES["M"].code].item() == (0.1, 1, 0, 0, 1, 0, 0, 0, 1)
+    assert table[0, SITES["A"].code].item() == (0.1, 0, 0, 0, 0, 0, 2, 9, 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["V:0.1~held", "A:0.1@3~gauss+wander:32+tied", "L2Kn:0.2~linear:9", "M:0.05~sign+held+cosine:40+tied"],
+)
+def test_time_round_trips_through_every_form(text):
+    schedule = Schedule.parse(text)
+    assert str(schedule) == text
+    assert Schedule.from_dict(schedule.to_dict()) == schedule
+    assert read_toml(write_toml(schedule)) == schedule
+    back = read_csv(write_csv(schedule, 4)).table(4)
+    np.testing.assert_array_equal(back, schedule.table(4))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("V:0.1~wander", "wander needs its length in tokens: wander:200"),
+        ("V:0.1~cosine:0", "cosine needs its length in tokens: cosine:200"),
+        ("V:0.1~held:5", "tokens says nothing for renewal held"),
+        ("V:0.1~held+fresh", "renewal is given twice: keep one"),
+        (
+            "V:0.1~gauss+sometimes",
+            "there is no 'sometimes': over time there are fresh, held, wander, constant",
+        ),
+        ("V:0.1~wander:x", "tokens of wander 'x' is not a number"),
+        ("V:0.1~linear:-3", "tokens of linear must be at least 0, not -3"),
+    ],
+)
+def test_bad_times_are_refused_with_the_reason(text, message):
+    with pytest.raises(DrugError) as error:
+        Schedule.parse(text)
+    assert str(error.value).startswith(f"drug {text!r}: {message}")
 
 
 def test_table_refuses_what_the_model_lacks():
@@ -365,11 +406,11 @@ def test_csv_reads_sparse_rows_any_column_order_and_spreadsheet_marks(tmp_path):
 
 def test_csv_is_plain():
     assert write_csv(Schedule.parse("V:0.1@1,K:0.2,scale=0.5"), 2) == (
-        "layer,site,theta,law,form,angle\n"
-        "0,K,0.1,uniform,rotation,uniform\n"
-        "0,V,0.0,uniform,rotation,uniform\n"
-        "1,K,0.1,uniform,rotation,uniform\n"
-        "1,V,0.05,uniform,rotation,uniform\n"
+        "layer,site,theta,law,form,angle,time\n"
+        "0,K,0.1,uniform,rotation,uniform,\n"
+        "0,V,0.0,uniform,rotation,uniform,\n"
+        "1,K,0.1,uniform,rotation,uniform,\n"
+        "1,V,0.05,uniform,rotation,uniform,\n"
     )
 
 
@@ -380,14 +421,23 @@ HEADER = "layer,site,theta\n"
     "text, message",
     [
         ("", "is empty: its first line should be layer,site,theta"),
-        ("\n0,V,0.1", "line 2: the header should be layer,site,theta[,law,form,angle], not '0,V,0.1'"),
+        ("\n0,V,0.1", "line 2: the header should be layer,site,theta[,law,form,angle,time], not '0,V,0.1'"),
         (
             "layer;site;theta",
-            "line 1: the header should be layer,site,theta[,law,form,angle], not 'layer;site;theta'",
+            "line 1: the header should be layer,site,theta[,law,form,angle,time], not 'layer;site;theta'",
         ),
-        ("layer,site", "line 1: the header should be layer,site,theta[,law,form,angle], not 'layer,site'"),
-        (HEADER.strip() + ",dose", "line 1: the header should be layer,site,theta[,law,form,angle], not"),
-        (HEADER.strip() + ",site", "line 1: the header should be layer,site,theta[,law,form,angle], not"),
+        (
+            "layer,site",
+            "line 1: the header should be layer,site,theta[,law,form,angle,time], not 'layer,site'",
+        ),
+        (
+            HEADER.strip() + ",dose",
+            "line 1: the header should be layer,site,theta[,law,form,angle,time], not",
+        ),
+        (
+            HEADER.strip() + ",site",
+            "line 1: the header should be layer,site,theta[,law,form,angle,time], not",
+        ),
         (HEADER + "0,V", "line 2: has 2 cells, the header has 3"),
         (HEADER + "0,V,0.1,\n", "line 2: has 4 cells, the header has 3"),
         (HEADER + "0,V,0.1\n-1,V,0.1", "line 3: layer '-1' is not a whole number from 0 to 9999"),
@@ -413,10 +463,12 @@ def test_bad_csv_is_refused_with_file_and_line(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_csv_has_one_law_a_site(monkeypatch):
+def test_csv_has_one_law_a_site():
     text = "layer,site,theta,law\n0,V,1,gauss\n0,K,1,\n1,V,1,{}\n"
     assert read_csv(text.format("gauss")) == Schedule.parse("V:1/1~gauss,K:1/0")
-    with pytest.raises(DrugError, match="line 4: law, form, angle of site V differ from an earlier line"):
+    with pytest.raises(
+        DrugError, match="line 4: law, form, angle, time of site V differ from an earlier line"
+    ):
         read_csv(text.format("uniform"))
 
 

@@ -28,7 +28,7 @@ class Chat:
         talk = self._talk
         kind = "a chat" if talk.chat else "a base model: it continues what you type, Enter alone goes on"
         self._console.say(f"{talk.engine.name}, {kind}; /help lists the commands, Ctrl-D leaves")
-        self._console.say(f"drug {talk.schedule}")
+        self._console.say(f"drug {talk.session.schedule}, seed {talk.seed}")
         with _history() as editing:
             try:
                 for line in self._lines(first, editing):
@@ -105,7 +105,8 @@ class Chat:
                     raise
                 del messages[first : first + 2]
                 self._console.say("the context is full: the oldest question and its answer are forgotten")
-        self._messages = [*messages, {"role": "assistant", "content": completion.text}]
+        if completion.ids:  # else stopped before it began
+            self._messages = [*messages, {"role": "assistant", "content": completion.text}]
         return completion
 
     def _continue(self, text: str, out: PlainText):
@@ -153,7 +154,7 @@ class Chat:
     def _drug(self, doses):
         if doses:
             self._talk.dose(doses)
-        self._console.say(f"drug {self._talk.schedule}")
+        self._console.say(f"drug {self._talk.session.schedule}")
 
     def _sober(self, _):
         self._drug("sober")

@@ -29,12 +29,17 @@ def run(args: argparse.Namespace) -> int:
                     from tinydrug.cli.chat import Chat
 
                     return Chat(talk, console).run(prompt, args.single_turn)
-                status = _answer(args, talk, prompt, write, console)
-    return status
+                completion = _answer(args, talk, prompt, write)
+        console.say(talk.summary(completion))
+        if args.show_schedule:
+            console.line(talk.moved())
+        elif not completion.schedule.is_sober and not completion.moved:
+            console.warn("the noise moved nothing: the text is too short, see --drug-sink and --drug-prompt")
+    return 130 if completion.finish_reason == "cancelled" else 0
 
 
-def _answer(args, talk, text, write, console) -> int:
-    """One prompt, one answer."""
+def _answer(args, talk, text, write):
+    """Write what the model makes of one prompt -> its completion."""
     prompt = talk.prompt_of(text)
     shown = talk.shown(prompt)
     out = JsonLines(write, talk, shown) if args.json else PlainText(write)
@@ -42,9 +47,4 @@ def _answer(args, talk, text, write, console) -> int:
         out.text(shown)
     completion = talk.answer(prompt, out.step)
     out.end(completion)
-    console.say(talk.summary(completion))
-    if args.show_schedule:
-        console.line(talk.moved())
-    elif not completion.schedule.is_sober and not completion.moved:
-        console.warn("the noise moved nothing: the text is too short, see --drug-sink and --drug-prompt")
-    return 130 if completion.finish_reason == "cancelled" else 0
+    return completion

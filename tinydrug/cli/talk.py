@@ -74,9 +74,10 @@ class Talk:
         own = wanted.template or engine.tokenizer.chat_template
         self.chat = bool(own) if args.conversation is None else args.conversation
         self._n = args.predict if args.predict is not None else ANSWERS if self.chat else CONTINUES
+        self.seed = wanted.sampling.seed
         self._answers = 0
         started = time.perf_counter()
-        self.session = engine.session(wanted.schedule, wanted.sampling.seed)
+        self.session = engine.session(wanted.schedule, self.seed)
         noise_s = time.perf_counter() - started  # the schedule's own kernels
         self.timings = engine.timings | {"compile_s": engine.timings["compile_s"] + noise_s}
 
@@ -118,7 +119,7 @@ class Talk:
 
         Each further answer has the next seeds, unless the schedule brings its own.
         """
-        args, seed = self._args, (self._wanted.sampling.seed + self._answers) % MAX_SEED
+        args, seed = self._args, (self.seed + self._answers) % MAX_SEED
         self._answers += 1
         self.session.dose(self.session.schedule, seed)
         ids = self.engine.encode(prompt, self._wanted.template)

@@ -4,21 +4,33 @@ import numpy as np
 
 from tinydrug.kernels.noise import LAWS as KERNELS
 from tinydrug.kernels.tables import DOSE
-from tinydrug.noise import Schedule
+from tinydrug.noise import SITES, Schedule
 from tinydrug.noise.laws import LAWS
+from tinydrug.noise.time import RENEWALS
 
-KERNEL_OF = {LAWS[name].code: law for name, law in KERNELS.items()}
+LAW_OF = {choice.code: name for name, choice in LAWS.items()}
 
 
 def dose_table(schedule: Schedule, n_layers: int, cell: str) -> np.ndarray:
     """(L, sites) rows of DOSE. Kernels are compiled for the laws that are used, no others."""
     given = schedule.table(n_layers)
     table = DOSE.rows(given.size).reshape(given.shape)
-    for field in ("theta", "form", "angle"):
+    for field in ("theta", "form", "angle", "renewal", "tokens", "ramp", "over"):
         table[field] = given[field]
-    for code in np.unique(given["law"][given["theta"] > 0]):
-        law, here = KERNEL_OF[int(code)], (given["law"] == code) & (given["theta"] > 0)
-        table["rotate"][here] = law.rotate.address
-        table["scores"][here] = law.scores[cell].address
-        table["values"][here] = law.values[cell].address
+    table["layer"] = np.where(given["tied"], -1, np.arange(n_layers)[:, None])
+    wanders = given["renewal"] == RENEWALS["wander"][0]
+    dosed = given["theta"] > 0
+    for code, wandering in np.unique(np.stack([given["law"], wanders], -1)[dosed], axis=0):
+        law = KERNELS[LAW_OF[int(code)]][int(wandering)]
+        here = dosed & (given["law"] == code) & (wanders == wandering)
+        for site in SITES.values():  # compile what will be used, no more
+            column = here[:, site.code]
+            if not column.any():
+                continue
+            if site.letter == "K":
+                table["scores"][column, site.code] = law.scores[cell].address
+            elif site.letter == "V":
+                table["values"][column, site.code] = law.values[cell].address
+            else:
+                table["rotate"][column, site.code] = law.rotate.address
     return table

@@ -45,6 +45,7 @@ def generate(
     tokens."""
     for request in requests:
         request.session.check(request.ids)
+        request.session.born = request.session.pos + len(request.ids)
         if request.max_tokens == 0:
             request.finish = "length"
     logits = _prefill(runtime, requests, progress)

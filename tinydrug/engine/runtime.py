@@ -68,10 +68,10 @@ class Runtime:
         self._call["sites"] = len(SITES)
         self._team = Team(self._call, threads)
         d = padded(config.head_dim)
-        widest = max(config.hidden_size, d)
-        self._scratch = aligned(
-            (threads, padded(4 * widest + 1024 + 4 * 32 * d + 3 * partial_bytes(d) + 8192, 4096)), np.uint8
-        )
+        widest = padded(max(config.hidden_size, config.intermediate_size, d))
+        attention = 4 * d * (ROWS + 16) + 2 * partial_bytes(d) + 4096  # tiles, noisy values, partial results
+        room = padded(max(attention, 2048 + 4 * widest), 4096)
+        self._scratch = aligned((threads, room), np.uint8)
         self._call["scratch"], self._call["scratch_stride"] = (
             self._scratch.ctypes.data,
             self._scratch.strides[0],
@@ -131,8 +131,9 @@ class Runtime:
                 ahead[id(session)] = ahead.get(id(session), 0) + n
             doses = session.doses if part.drugged else self.sober
             keys, values = session.cache.keys.ctypes.data, session.cache.values.ctypes.data
-            noise = doses.ctypes.data, session.noise_seed, session.schedule.sink, session.moved.ctypes.data
-            self._spans[s] = t, n, keys, values, self.slots, *noise
+            noise = doses.ctypes.data, session.noise_seed, session.born, session.awake.ctypes.data
+            counts = session.moved.ctypes.data, session.measured
+            self._spans[s] = t, n, keys, values, self.slots, *noise, *counts
             rows = tokens[t : t + n]
             rows["span"], rows["position"], rows["id"] = s, np.arange(start, start + n), part.ids
             rows["output"] = -1

@@ -8,6 +8,7 @@ from tinydrug.engine.cache import RingCache
 from tinydrug.engine.doses import dose_table
 from tinydrug.engine.runtime import Part, Runtime
 from tinydrug.errors import ContextOverflow, PromptError
+from tinydrug.formats.weights import padded
 from tinydrug.noise import SITES, SOBER, Schedule
 
 
@@ -23,6 +24,8 @@ class Session:
         self.rewind_every = runtime.rewind_every
         self.spans: list[tuple[int, int]] = []  # positions first .. last - 1 that were written under noise
         self._clean: int | None = None  # rows before this are as if never drugged; None: all are
+        self.born = 0  # position of the first token generated after the last prompt: ramps count from it
+        self.measured = 0  # address of the sums of a verification, 0: none is wanted
         self._written = 0  # positions ever written since the last reset: which slots are spoilt
         self.dose(schedule, noise_seed)
 
@@ -36,6 +39,9 @@ class Session:
         model."""
         self.doses = dose_table(schedule, self.runtime.config.n_layers, self.runtime.cell)
         self.schedule = schedule
+        # How many positions before each noise may touch: the sink and what else is protected do not count.
+        touched = np.arange(padded(self.runtime.n_ctx, 16) + 16) >= schedule.sink
+        self.awake = np.concatenate([[0], np.cumsum(touched)]).astype(np.int32)
         if schedule.seed is not None:
             noise_seed = schedule.seed
         if noise_seed is not None:
@@ -73,7 +79,9 @@ class Session:
         first = max(self.pos, self.schedule.sink)
         self.ids.extend(map(int, ids))
         self._written = max(self._written, self.pos)
-        if drugged and first < self.pos and self.doses["theta"].any():
+        if not drugged:
+            self.born = self.pos
+        elif first < self.pos and self.doses["theta"].any():
             if self.spans and self.spans[-1][1] == first:
                 first = self.spans.pop()[0]
             self.spans.append((first, self.pos))

@@ -10,10 +10,9 @@ A partial result at an address: row maxima [16 f32], row sums [16 f32], outputs 
 
 import numpy as np
 
-from tinydrug.kernels.generator import draw_key
 from tinydrug.kernels.jit import inline, kernel
 from tinydrug.kernels.maths import exp
-from tinydrug.kernels.noise import call_scores, call_values
+from tinydrug.kernels.noise import DRAWN_BYTES, call_scores, call_values, drawn_at, prepare
 from tinydrug.kernels.rope import key_address, value_address
 from tinydrug.kernels.tables import OPERATION
 from tinydrug.kernels.team import claim
@@ -89,22 +88,34 @@ def write_output(op, total, token, first_row, rows, g):
             store(y + j, load(total + 128 + 4 * r * d + j) * inverse)
 
 
+@inline
+def prepare_read(drawn, dose, span, site, g, step, measured, scratch):
+    """The noise that the token at position `step` meets in the cached vectors of kv head g."""
+    prepare(drawn, dose, span.seed, site, g, step, step - span.born, True)
+    drawn.awake, drawn.scratch, drawn.measured = span.awake, scratch, measured
+    if measured != 0:
+        drawn.measured = measured + 24 * site
+
+
 def _attend(name, load_cell, cell):
     """The operation for one element type of the cache."""
 
     @inline
-    def chunk(zeros, op, span, doses, g, first, last, step, noisy, q, positions, part, scratch):
+    def chunk(zeros, op, span, doses, g, first, last, step, noisy, measured, q, positions, part, scratch):
         """The partial softmax of a tile over positions first .. last (first a multiple of 64) of one kv head.
 
         A masked position adds an exact zero. Scratch: scores [8][64], decays [16], noisy values [16][d],
         and 1 KiB for the noise kernels."""
         d = op.head_dim
         scores, decays = scratch, scratch + 2048
-        for_noise, noisy_values = scratch + 2112, scratch + 3136
+        for_noise, noisy_values = scratch + 2560, scratch + 3584
         dose_k, dose_v = doses[op.site], doses[op.value_site]
         noisy_k, noisy_v = noisy and dose_k.theta > 0.0, noisy and dose_v.theta > 0.0
-        key_k = draw_key(span.seed, op.layer, op.site, g, step)
-        key_v = draw_key(span.seed, op.layer, op.value_site, g, step)
+        drawn_k, drawn_v = drawn_at(scratch + 2112), drawn_at(scratch + 2112 + DRAWN_BYTES)
+        if noisy_k:
+            prepare_read(drawn_k, dose_k, span, op.site, g, step, measured, for_noise + 640)
+        if noisy_v:
+            prepare_read(drawn_v, dose_v, span, op.value_site, g, step, measured, for_noise + 640)
         clear(part, d)
         for start in range(first, last + 1, BLOCK):
             groups, slot = min(BLOCK // 16, (last - start) // 16 + 1), start % span.slots
@@ -114,13 +125,11 @@ def _attend(name, load_cell, cell):
                     call_scores(
                         dose_k.scores,
                         op,
-                        dose_k,
+                        drawn_k,
                         keys,
                         q,
                         tile_rows(zeros),
                         start + 16 * j,
-                        key_k,
-                        span.sink,
                         scores + 64 * j,
                     )
                 else:
@@ -157,17 +166,7 @@ def _attend(name, load_cell, cell):
             if noisy_v:
                 for j in range(groups):
                     values = value_address(span, op, g, slot + 16 * j)
-                    call_values(
-                        dose_v.values,
-                        op,
-                        dose_v,
-                        values,
-                        start + 16 * j,
-                        key_v,
-                        span.sink,
-                        noisy_values,
-                        for_noise,
-                    )
+                    call_values(dose_v.values, op, drawn_v, values, start + 16 * j, noisy_values, for_noise)
                     for c in range(0, d, 16):
                         o = tile_load(zeros, part + 128 + 4 * c, 4 * d)
                         for i in range(16):
@@ -226,6 +225,9 @@ def _attend(name, load_cell, cell):
                 c1 = c0 if split > 1 else high // CHUNK
                 if split == 1:
                     clear(total, d)
+                measured = i8(0)
+                if span.measured != 0 and tile % per_token == 0:
+                    measured = span.measured + 24 * tid * call.sites
                 for at in range(c0, c1 + 1):
                     part = mine
                     if split > 1:
@@ -233,18 +235,58 @@ def _attend(name, load_cell, cell):
                     start, end = at * CHUNK, min(high, (at + 1) * CHUNK - 1)
                     if rows == 1:
                         chunk(
-                            tile1(), op, span, doses, g, start, end, low, noisy, q, positions, part, scratch
+                            tile1(),
+                            op,
+                            span,
+                            doses,
+                            g,
+                            start,
+                            end,
+                            low,
+                            noisy,
+                            measured,
+                            q,
+                            positions,
+                            part,
+                            scratch,
                         )
                     elif rows <= 4:
                         chunk(
-                            tile4(), op, span, doses, g, start, end, low, noisy, q, positions, part, scratch
+                            tile4(),
+                            op,
+                            span,
+                            doses,
+                            g,
+                            start,
+                            end,
+                            low,
+                            noisy,
+                            measured,
+                            q,
+                            positions,
+                            part,
+                            scratch,
                         )
                     else:
                         chunk(
-                            tile8(), op, span, doses, g, start, end, low, noisy, q, positions, part, scratch
+                            tile8(),
+                            op,
+                            span,
+                            doses,
+                            g,
+                            start,
+                            end,
+                            low,
+                            noisy,
+                            measured,
+                            q,
+                            positions,
+                            part,
+                            scratch,
                         )
                     if noisy and tile % per_token == 0:
-                        touched = end + 1 - max(start, low - op.window + 1, span.sink)
+                        lowest = max(start, low - op.window + 1)
+                        touched = load_i32(span.awake + 4 * end + 4) - load_i32(span.awake + 4 * lowest)
                         if touched > 0:
                             if doses[op.site].theta > 0.0:
                                 atomic_add(span.moved + 8 * op.site, touched)

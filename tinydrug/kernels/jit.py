@@ -99,10 +99,10 @@ class Kernel:
     """A C function, compiled (or loaded) on first use. `address` is what tables hold; calling it goes through
     ctypes, which lets go of the GIL."""
 
-    def __init__(self, function, signature, name):
+    def __init__(self, function, signature, name, cached=True):
         # The name is also the symbol: kernels made by one factory must differ in it.
         function.__qualname__ = function.__name__ = self.name = name
-        self._function, self._signature = function, signature
+        self._function, self._signature, self._cached = function, signature, cached
 
     @functools.cached_property
     def address(self) -> int:
@@ -117,7 +117,8 @@ class Kernel:
                 locals={},
                 options=OPTIONS | {"nopython": True},
             )
-            compiled._cache = _Cache(self.name)
+            if self._cached:
+                compiled._cache = _Cache(self.name)
             compiled.compile()
             return compiled
 
@@ -137,6 +138,6 @@ class Kernel:
         return "_compiled" in self.__dict__ or bool((path := _Cache(self.name).path) and path.exists())
 
 
-def kernel(signature, name=None):
-    """Decorator: a function of this signature (numba types) becomes a Kernel."""
-    return lambda function: Kernel(function, signature, name or function.__name__)
+def kernel(signature, name=None, cached=True):
+    """Decorator: a function of this signature becomes a Kernel; cached=False if a user's code is in it."""
+    return lambda function: Kernel(function, signature, name or function.__name__, cached)

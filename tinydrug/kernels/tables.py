@@ -29,6 +29,11 @@ DOSE = Struct(  # one a (layer, site)
     theta="f8",  # radians; 0: sober, and the rest of the row means nothing
     form="i8",
     angle="i8",
+    layer="i8",  # the layer its draws are keyed by: its own, or one for all layers that share a direction
+    renewal="i8",  # fresh at every step, held, or wandering
+    tokens="f8",  # of which a wandering direction forgets itself
+    ramp="i8",  # how theta changes over generated tokens
+    over="f8",  # tokens the ramp takes
     rotate="i8",  # addresses of the law's three kernels (noise.py)
     scores="i8",
     values="i8",
@@ -43,8 +48,10 @@ SPAN = Struct(  # consecutive tokens of one sequence that share a schedule
     slots="i8",  # S: position p lies in slot p mod S
     doses=DOSE,  # (L, sites)
     seed="i8",
-    sink="i8",  # positions below this are never touched
+    born="i8",  # position of the first generated token: ramps count from it
+    awake="i8",  # address of an int32 a position: how many positions before it noise may touch
     moved="i8",  # address of one counter a site: vectors that noise has moved
+    measured="i8",  # address of (vectors, angles, logs of norm ratios) a thread and site; 0: do not measure
 )
 
 TOKEN = Struct("Token", span="i8", position="i8", id="i8", output="i8")  # output: row of the logits, or -1

@@ -148,6 +148,12 @@ def store_bf16(b, p, x):
     _store(b, p, b.trunc(b.lshr(b.bitcast(x, i32), i32(16)), i16), 2)
 
 
+@op(void(address, types.float64))
+def add_f64(b, p, x):
+    """Add to the double at p (not atomic)."""
+    b.store(b.fadd(_load(b, p, ir.DoubleType(), 8), x), b.inttoptr(p, ir.DoubleType().as_pointer()))
+
+
 @op(s32(address))
 def load_i32(b, p):
     return _load(b, p, i32, 1)

@@ -112,5 +112,5 @@ def forward(p: Program, c: Config, n_positions: int) -> Value:
         y = p.attend(i, q, p.noise("K", i, keys), p.noise("V", i, values), None)
         x = p.linear(p.noise("A", i, y), f"{i}.attn_proj", onto=x)
         h = p.activate(p.linear(p.layer_norm(x, f"{i}.ln_2"), f"{i}.c_fc"))  # (T, F)
-        x = p.linear(h, f"{i}.mlp_proj", onto=x)
+        x = p.linear(p.noise("M", i, h), f"{i}.mlp_proj", onto=x)
     return p.linear(p.layer_norm(p.asked(x), "ln_f"), "lm_head")

@@ -132,5 +132,5 @@ def forward(p: Program, c: Config, n_positions: int) -> Value:
         x = p.linear(p.noise("A", i, y), f"{i}.o_proj", onto=x)
         h = p.rms_norm(x, f"{i}.mlp_norm")  # (T, D)
         h = p.gated(p.linear(h, f"{i}.gate_proj"), p.linear(h, f"{i}.up_proj"))  # (T, F)
-        x = p.linear(h, f"{i}.down_proj", onto=x)
+        x = p.linear(p.noise("M", i, h), f"{i}.down_proj", onto=x)
     return p.linear(p.rms_norm(p.asked(x), "norm"), "lm_head")

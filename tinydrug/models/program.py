@@ -154,9 +154,10 @@ class Program:
         if isinstance(x, Cached):
             return replace(x, site=site)
         where = {"layer": layer, "site": SITES[site].code}
-        if site == "H":  # the whole hidden vector is one vector
-            return self._note_rows(noise.noise_rows, x, heads=1, head_dim=x.width, period=x.width,
-                                   valid=self.config.hidden_size, **where)  # fmt: skip
+        whole = {"H": self.config.hidden_size, "M": self.config.intermediate_size}
+        if site in whole:  # the row is one vector
+            row = {"heads": 1, "head_dim": x.width, "period": x.width, "valid": whole[site]}
+            return self._note_rows(noise.noise_rows, x, **row, **where)
         if site == "A":
             return self._note_rows(noise.noise_rows, x, **self._heads(x), **where)
         self._note(noise.noise_heads, HEADS, x=x, y=x, **self._heads(x), **where)

@@ -12,12 +12,13 @@ from tinydrug.errors import DrugError
 from tinydrug.noise.checks import at, find, number, read_number, shown, write_number
 from tinydrug.noise.laws import ANGLES, FORMS, KINDS, LAWS, Choice
 from tinydrug.noise.sites import SITES, find_site
+from tinydrug.noise.time import FIELDS, FRESH, RAMPS, RENEWALS, Time, parse_time
 from tinydrug.noise.where import Where, parse_where, where_from_dict
 
 log = logging.getLogger("tinydrug")
 
 HEAD = re.compile(rf"([a-z][a-z0-9])?({'|'.join(SITES)})([a-z])?", re.ASCII | re.IGNORECASE)
-KEYS = ("site", "theta", "layers", "depth", "profile", "mode", *KINDS)
+KEYS = ("site", "theta", "layers", "depth", "profile", "mode", *KINDS, *FIELDS)
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,15 @@ class Dose:
     law: str = "uniform"
     form: str = "rotation"
     angle: str = "uniform"
+    time: Time = FRESH
 
     def __post_init__(self):
         object.__setattr__(self, "site", find_site(self.site).letter)
         object.__setattr__(self, "theta", _checked_theta(self.theta))
         for kind, registry in KINDS.items():
             object.__setattr__(self, kind, find(registry, getattr(self, kind), kind))
+        if not isinstance(self.time, Time):
+            raise DrugError(f"time must be a Time, not {shown(self.time)}")
         if self.where is not None and not isinstance(self.where, Where):
             raise DrugError(f"where must be Layers, Depth or Profile, not {shown(self.where)}")
         if self.where is not None and isinstance(self.theta, tuple):
@@ -83,7 +87,8 @@ class Dose:
         """Plain data with the keys of a drug file; `from_dict` reads it."""
         theta = list(self.theta) if isinstance(self.theta, tuple) else self.theta
         where = {} if self.where is None else self.where.to_dict()
-        return {"site": self.site, "theta": theta, **where, **{kind: getattr(self, kind) for kind in KINDS}}
+        kinds = {kind: getattr(self, kind) for kind in KINDS}
+        return {"site": self.site, "theta": theta, **where, **kinds, **self.time.to_dict()}
 
     @classmethod
     def from_dict(cls, fields: Mapping) -> "Dose":
@@ -100,7 +105,8 @@ class Dose:
         if isinstance(theta, str):
             theta = parse_theta(theta)
         kinds = {kind: fields[kind] for kind in KINDS if kind in fields}
-        return cls(fields["site"], theta, where_from_dict(fields), **kinds)
+        time = Time(**{name: fields[name] for name in FIELDS if name in fields})
+        return cls(fields["site"], theta, where_from_dict(fields), time=time, **kinds)
 
     def __str__(self) -> str:
         if isinstance(self.theta, tuple):
@@ -109,14 +115,18 @@ class Dose:
         else:
             theta = write_number(self.theta)
         where = "" if self.where is None else f"@{self.where}"
-        return f"{self.head}:{theta}{where}{LAWS[self.law].mark}"
+        law, time = LAWS[self.law].mark, str(self.time)
+        if time:
+            law = f"{law}+{time}" if law else f"~{time}"
+        return f"{self.head}:{theta}{where}{law}"
 
 
 def parse_dose(text: str) -> Dose:
-    """`[L2|NL]SITE[n]:THETA[@WHERE][~LAW]`, for instance V:0.05, pK:3deg@8-15, A:0.1@0.3..0.5.
+    """`[L2|NL]SITE[n]:THETA[@WHERE][~LAW]`, for instance V:0.05, pK:3deg@8-15, A:0.1@0.3..0.5~gauss+held.
 
     THETA is in radians unless it ends in `deg`; angles by slashes (0/0/0.05) are one a layer from layer 0 on.
     WHERE is layers (8, 8-15, 8-9+20), a depth (0.3..0.5) or a profile (DEPTH:PEAKRATIO/.../MODE).
+    After ~, by plus signs: the law, held or wander:TOKENS, cosine:TOKENS or linear:TOKENS, tied.
     Raises DrugError.
     """
     text = text.strip()
@@ -130,7 +140,15 @@ def parse_dose(text: str) -> Dose:
         if not colon:
             raise DrugError("theta is missing: write SITE:THETA, for instance V:0.05")
         where = parse_where(where.strip()) if at_sign else None
-        return Dose(site, parse_theta(theta), where, law if tilde else "uniform", form, angle)
+        words = [word.strip() for word in law.split("+")] if tilde else ["uniform"]
+        named = words[0].lower() in LAWS or not _is_time(words[0])
+        law, times = (words[0], words[1:]) if named else ("uniform", words)
+        return Dose(site, parse_theta(theta), where, law, form, angle, parse_time(times))
+
+
+def _is_time(word: str) -> bool:
+    """Whether a word after ~ is about time, so that the law before it was left out."""
+    return word.partition(":")[0].strip().lower() in (*RENEWALS, *RAMPS, "tied")
 
 
 def parse_head(head: str) -> tuple[str, str, str]:

@@ -13,10 +13,12 @@ from tinydrug.noise.dose import Dose, parse_theta
 from tinydrug.noise.laws import KINDS
 from tinydrug.noise.schedule import OPTIONS, SOBER, Schedule
 from tinydrug.noise.sites import SITES, find_site
+from tinydrug.noise.time import parse_time
 
 log = logging.getLogger("tinydrug")
 
 CELLS = ("layer", "site", "theta")
+CHOICES = (*KINDS, "time")  # cells that are the same in all lines of a site
 MAX_LAYERS = 10_000  # a CSV table is held dense: a mistyped layer number must not fill the memory
 
 
@@ -81,6 +83,8 @@ def _toml(value: dict | list | str | float) -> str:
             return f"{{ {', '.join(f'{key} = {_toml(item)}' for key, item in value.items())} }}"
         case list():
             return f"[{', '.join(map(_toml, value))}]"
+        case bool():
+            return "true" if value else "false"
         case str():
             return json.dumps(value, ensure_ascii=False)  # a JSON string is a TOML string
         case _:
@@ -88,14 +92,14 @@ def _toml(value: dict | list | str | float) -> str:
 
 
 def read_csv(text: str) -> Schedule:
-    """A schedule from CSV: a header layer,site,theta[,law,form,angle], then a line a layer and site.
+    """A schedule from CSV: a header layer,site,theta[,law,form,angle,time], then a line a layer and site.
 
     Layers without a line get no noise. Raises DrugError naming the line.
     """
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     thetas: dict[str, dict[int, float]] = {}  # by site and layer
-    kinds: dict[str, dict[str, str]] = {}  # by site: law, form, angle
+    kinds: dict[str, dict] = {}  # by site: law, form, angle, time
     try:
         for row in rows:
             with at(f"line {rows.line_num}"):
@@ -117,9 +121,9 @@ def read_csv(text: str) -> Schedule:
 
 def _read_header(row: list[str]) -> list[str]:
     header = [cell.lower() for cell in row]
-    if not set(CELLS) <= set(header) <= {*CELLS, *KINDS} or len(set(header)) < len(header):
+    if not set(CELLS) <= set(header) <= {*CELLS, *CHOICES} or len(set(header)) < len(header):
         raise DrugError(
-            f"the header should be {','.join(CELLS)}[,{','.join(KINDS)}], not {shown(','.join(row))}"
+            f"the header should be {','.join(CELLS)}[,{','.join(CHOICES)}], not {shown(','.join(row))}"
         )
     return header
 
@@ -142,9 +146,10 @@ def _read_row(header: list[str], row: list[str], thetas: dict, kinds: dict) -> N
     chosen = {}
     for kind, registry in KINDS.items():
         chosen[kind] = find(registry, cells.get(kind) or next(iter(registry)), kind)
+    chosen["time"] = parse_time([word for word in cells.get("time", "").split("+") if word])
     if kinds.setdefault(site, chosen) != chosen:
         raise DrugError(
-            f"{', '.join(KINDS)} of site {site} differ from an earlier line: a site has one of each"
+            f"{', '.join(CHOICES)} of site {site} differ from an earlier line: a site has one of each"
         )
 
 
@@ -158,11 +163,11 @@ def write_csv(schedule: Schedule, n_layers: int | None) -> str:
     table = schedule.table(n_layers)["theta"]  # (L, n_sites)
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
-    rows.writerow((*CELLS, *KINDS))
+    rows.writerow((*CELLS, *CHOICES))
     for layer in range(n_layers):
         for dose in schedule.doses:
             theta = float(table[layer, SITES[dose.site].code])
-            rows.writerow((layer, dose.site, repr(theta), *(getattr(dose, kind) for kind in KINDS)))
+            rows.writerow((layer, dose.site, repr(theta), *(str(getattr(dose, kind)) for kind in CHOICES)))
     return out.getvalue()
 
 

@@ -12,8 +12,15 @@ from tinydrug.noise.checks import at, number, read_number, shown, whole, write_n
 from tinydrug.noise.dose import Dose, parse_dose
 from tinydrug.noise.laws import KINDS, LAWS
 from tinydrug.noise.sites import SITES
+from tinydrug.noise.time import FRESH, RAMPS, RENEWALS
 
-TABLE = np.dtype([("theta", "f8"), *((kind, "u1") for kind in KINDS)])
+TABLE = np.dtype(
+    [
+        ("theta", "f8"),
+        *((kind, "u1") for kind in KINDS),
+        *(("renewal", "u1"), ("tokens", "f8"), ("ramp", "u1"), ("over", "f8"), ("tied", "u1")),
+    ]
+)
 PROMPTS = ("none", "last", "all")
 MAX_SINK = 2**31 - 1
 MAX_SEED = 2**64 - 1
@@ -89,7 +96,7 @@ class Schedule:
 
     def table(self, n_layers: int) -> np.ndarray:
         """A row a layer, a column a site, (L, n_sites) of TABLE: theta in radians with profile and scale
-        applied, and the codes of law, form and angle. All zero when sober.
+        applied, the codes of law, form and angle, and what becomes of it over time. All zero when sober.
 
         Raises DrugError when a dose does not fit a model of this many layers.
         """
@@ -99,6 +106,9 @@ class Schedule:
             column["theta"] = dose.thetas(n_layers, self.scale)
             for kind, registry in KINDS.items():
                 column[kind] = registry[getattr(dose, kind)].code
+            time = dose.time
+            column["renewal"], column["ramp"] = RENEWALS[time.renewal][0], RAMPS[time.ramp][0]
+            column["tokens"], column["over"], column["tied"] = time.tokens, time.over, time.tied
         return table
 
     def describe(self, n_layers: int) -> str:
@@ -114,6 +124,7 @@ class Schedule:
         lines = [
             "noise: largest angle theta in radians, by layer and site",
             f"{options}, law {', '.join(laws)}",
+            *(f"{dose.site} over time: {dose.time}" for dose in dosed if dose.time != FRESH),
             _line("layer", [f"{dose.head}{LAWS[dose.law].mark}" for dose in dosed]),
         ]
         for _, run in groupby(range(n_layers), key=lambda layer: tuple(cells[layer])):

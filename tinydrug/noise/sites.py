@@ -45,5 +45,6 @@ SITES = {
         Site("K", 3, "cached key heads", "at each read, after RoPE", "never: a read leaves it as it was"),
         Site("V", 4, "cached value heads", "at each read", "never: a read leaves it as it was"),
         Site("A", 5, "attention output heads", "before o_proj", "only through deeper layers"),
+        Site("M", 6, "MLP activations", "before down_proj", "only through deeper layers"),
     )
 }
