@@ -100,7 +100,10 @@ FORMS_LISTED = (
     "NL (NL: x + phi |x| o/|o| scaled back to |x|: turned by arctan(phi))"
 )
 ANGLES_LISTED = "uniform (no mark: phi is U[0, theta)), normal (n: phi is |N(0, theta)|)"
-SYNTAX = "write layers as 8, 8-15 or 8-9+20, a depth as 0.3..0.5, a profile as 0.3:0/0.4:1/0.5:0"
+SYNTAX = (
+    "write layers as 8, 8-15 or 8-9+20, a depth as 0.3..0.5, a profile as 0.3:0/0.4:1/0.5:0, "
+    "or a preset: readme, samples, slowfall, single:8, stack:8"
+)
 
 
 @pytest.mark.parametrize(
@@ -369,3 +372,27 @@ shapes = st.lists(st.fixed_dictionaries({"depth": depths, "peakratio": ratios}),
 def test_profile_is_the_formula_of_drugs(shape, mode, n_layers):
     expected = [drugs_bioavailability(i, n_layers, shape, mode) for i in range(n_layers)]
     np.testing.assert_array_equal(Profile(shape, mode).ratios(n_layers), expected)
+
+
+@pytest.mark.parametrize(
+    "preset, n_layers, dosed",
+    [  # the worked tables of the original's notes
+        ("readme", 32, range(10, 17)),
+        ("readme", 22, range(7, 12)),
+        ("samples", 32, range(8, 18)),
+        ("samples", 60, range(15, 34)),
+        ("single:8", 32, range(7, 10)),
+        ("stack:8", 32, range(0, 10)),
+    ],
+)
+def test_presets_dose_the_published_layers(preset, n_layers, dosed):
+    dose = parse_dose(f"V:0.1@{preset}")
+    assert np.flatnonzero(dose.thetas(n_layers)).tolist() == list(dosed)
+    assert parse_dose(str(dose)) == dose
+
+
+def test_slowfall_falls_slowly():
+    thetas = parse_dose("V:1@slowfall").thetas(32)
+    np.testing.assert_allclose(thetas[:18], 1)
+    np.testing.assert_allclose(thetas[18:26], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+    np.testing.assert_allclose(thetas[26:], 0)

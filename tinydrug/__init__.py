@@ -22,6 +22,7 @@ _HOME = {
     "Score": "api",
     "Session": "engine.session",
     "Sampling": "engine.sampling",
+    "register_law": "engine.custom",
     "Schedule": "noise",
     "Dose": "noise",
     "SOBER": "noise",

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from tinydrug.engine.session import Session
 from tinydrug.errors import ConfigError, NumericalError, PromptError
 from tinydrug.formats.config import Config
 from tinydrug.noise import SITES, SOBER, Schedule
+from tinydrug.noise.theory import expected_angles
 from tinydrug.text.chat import named_template, render
 from tinydrug.text.detokenizer import Detokenizer, StopStrings
 from tinydrug.text.tokenizer import Tokenizer
@@ -38,6 +40,9 @@ class Options:
         None  # chat template for messages: a known name or Jinja text; None: the model's own
     )
     shift_keep: int | None = None  # context full: keep so many first tokens, drop the older half of the rest
+    protect: Sequence[int] = ()  # positions that noise never touches, beside the sink
+    protect_ids: Sequence[int] = ()  # tokens that it never touches wherever they stand (template markers)
+    verify: bool = False  # measure what noise does to vectors: Completion.verified
     progress: Callable[[int, int], None] | None = None  # called with prompt tokens read, and all of them
 
     def __post_init__(self):
@@ -64,9 +69,19 @@ class Step:
     finish_reason: str | None = None  # stop, length, context; set on the last step
 
 
+class Verified(NamedTuple):
+    """What noise did to the vectors of one site: angles to where they were, and how their norms drifted."""
+
+    vectors: int
+    angle: float  # mean, radians
+    expected: float | None  # by theory; None where it depends on the vectors or on time
+    drift: float  # mean relative change of the norm (geometric)
+
+
 @dataclass(frozen=True)
 class Completion:
-    """A finished generation. `moved`: vectors that noise moved, by site; `timings`: seconds and tokens."""
+    """A finished generation. `moved`: vectors that noise moved, by site; `verified`: with Options.verify, what
+    it did to them; `timings`: seconds and tokens."""
 
     text: str
     ids: tuple[int, ...]
@@ -77,6 +92,7 @@ class Completion:
     drug_seed: int
     seed: int
     moved: dict[str, int]
+    verified: dict[str, Verified]
     timings: dict[str, float]
 
 
@@ -294,6 +310,10 @@ class Engine:
             ids = self.encode(prompt, options.template)
             if session is None:
                 session = Session(self.runtime, *_schedule(drug, noise_seed, i))
+            if options.protect or options.protect_ids:
+                session.protect(options.protect, options.protect_ids)
+            if options.verify:
+                session.verify(True)
             _share_prefix(session, ids)
             want = options.logprobs
             sampler = Sampler(sampling, (seed + i) % MAX_SEED, want or 0, want is not None)
@@ -342,10 +362,20 @@ def _completions(requests, outs, moved, start: float, first: float) -> list[Comp
                 for site, after, before in zip(SITES.values(), request.session.moved, was, strict=True)
                 if after > before
             },
+            verified=_verified(request.session),
             timings=timings,
         )
         for request, out, was in zip(requests, outs, moved, strict=True)
     ]
+
+
+def _verified(session: Session) -> dict[str, Verified]:
+    """What a verification measured, beside what it should."""
+    expected = expected_angles(session.schedule, session.runtime.config.n_layers)
+    return {
+        site: Verified(n, angle, expected.get(site), float(np.expm1(drift)))
+        for site, (n, angle, drift) in session.verified().items()
+    }
 
 
 class _Text:

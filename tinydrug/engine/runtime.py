@@ -129,6 +129,7 @@ class Runtime:
             if start is None:
                 start = session.pos + ahead.get(id(session), 0)
                 ahead[id(session)] = ahead.get(id(session), 0) + n
+            session.coming(part.ids, start)
             doses = session.doses if part.drugged else self.sober
             keys, values = session.cache.keys.ctypes.data, session.cache.values.ctypes.data
             noise = doses.ctypes.data, session.noise_seed, session.born, session.awake.ctypes.data

@@ -25,7 +25,10 @@ class Session:
         self.spans: list[tuple[int, int]] = []  # positions first .. last - 1 that were written under noise
         self._clean: int | None = None  # rows before this are as if never drugged; None: all are
         self.born = 0  # position of the first token generated after the last prompt: ramps count from it
-        self.measured = 0  # address of the sums of a verification, 0: none is wanted
+        self._sums: np.ndarray | None = None  # (threads, sites, 3) of a verification
+        self._protected_positions: tuple[int, ...] = ()
+        self._protected_ids: tuple[int, ...] = ()
+        self.awake = np.zeros(padded(runtime.n_ctx, 16) + 17, np.int32)  # unprotected positions before each
         self._written = 0  # positions ever written since the last reset: which slots are spoilt
         self.dose(schedule, noise_seed)
 
@@ -39,13 +42,41 @@ class Session:
         model."""
         self.doses = dose_table(schedule, self.runtime.config.n_layers, self.runtime.cell)
         self.schedule = schedule
-        # How many positions before each noise may touch: the sink and what else is protected do not count.
-        touched = np.arange(padded(self.runtime.n_ctx, 16) + 16) >= schedule.sink
-        self.awake = np.concatenate([[0], np.cumsum(touched)]).astype(np.int32)
+        self.protect(self._protected_positions, self._protected_ids)
         if schedule.seed is not None:
             noise_seed = schedule.seed
         if noise_seed is not None:
             self.noise_seed = int(np.uint64(noise_seed).astype(np.int64))  # 64 bits, as the kernels hold them
+
+    def protect(self, positions: Sequence[int] = (), ids: Sequence[int] = ()) -> None:
+        """Positions, and tokens wherever they stand, that noise never touches, beside the sink."""
+        self._protected_positions, self._protected_ids = tuple(positions), tuple(ids)
+        self._touchable = np.arange(len(self.awake) - 1) >= self.schedule.sink
+        self._touchable[[p for p in positions if 0 <= p < len(self._touchable)]] = False
+        self._mark(self.ids, 0)
+
+    def _mark(self, ids: Sequence[int], start: int) -> None:
+        """Note which of these tokens, from this position on, are protected by their ids."""
+        here = self._touchable.copy() if not start else np.diff(self.awake).astype(bool)
+        if self._protected_ids:
+            end = start + len(ids)
+            here[start:end] = self._touchable[start:end] & ~np.isin(ids, self._protected_ids)
+        np.cumsum(here, dtype=np.int32, out=self.awake[1:])
+
+    def verify(self, wanted: bool) -> None:
+        """Start (from zero) or stop measuring what noise does to vectors; it costs some time."""
+        self._sums = np.zeros((self.runtime.threads, len(SITES), 3)) if wanted else None
+
+    @property
+    def measured(self) -> int:
+        """Address of the sums being measured, 0 if none are."""
+        return 0 if self._sums is None else self._sums.ctypes.data
+
+    def verified(self) -> dict[str, tuple[int, float, float]]:
+        """By site: vectors measured, mean angle to where they were (radians), mean log of the norm ratio."""
+        sums = np.zeros((len(SITES), 3)) if self._sums is None else self._sums.sum(0)
+        rows = zip(SITES, sums, strict=True)
+        return {site: (int(n), angle / n, drift / n) for site, (n, angle, drift) in rows if n}
 
     def check(self, ids: Sequence[int]) -> None:
         """PromptError or ContextOverflow if these tokens cannot be fed now."""
@@ -56,6 +87,11 @@ class Session:
                 )
         if self.pos + len(ids) > self.runtime.n_ctx:
             raise ContextOverflow(self.pos + len(ids), self.runtime.n_ctx)
+
+    def coming(self, ids: Sequence[int], start: int) -> None:
+        """Called by the runtime: these tokens are about to be written, from this position on."""
+        if self._protected_ids:
+            self._mark(ids, start)
 
     def parts(self, ids: Sequence[int], drugged: str, outputs: int) -> list[Part]:
         """These tokens as parts of at most a chunk each. drugged: none, last (only the last token), all."""

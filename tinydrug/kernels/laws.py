@@ -15,8 +15,11 @@ from tinydrug.kernels.jit import inline
 from tinydrug.kernels.maths import log, sin_cos_half
 from tinydrug.kernels.vectors import (
     as_floats,
+    floats,
+    get_lane,
     ints,
     lane,
+    set_lane,
     shift_left,
     shift_right,
     shift_right_each,
@@ -77,6 +80,33 @@ def sign_by_position(first, second, block, j):
     w = word(first, second, ints(i4(block)))
     low, high = shift_left(w, i4(31 - j)), shift_left(w, i4(15 - j))
     return as_floats((low & SIGN) | ONE), as_floats((high & SIGN) | ONE)
+
+
+# --- a user's: one random number a component, through a function of theirs -------------------------------
+def views_of(component):
+    """The two views of a law whose components are component(u), u from U[0, 1) with 24 bits."""
+    from numba import extending, njit
+
+    one = component if extending.is_jitted(component) else njit(component)
+
+    @inline
+    def each(w):
+        u, out = to_floats(shift_right(w, i4(8))) * f4(2.0**-24), floats(f4(0.0))
+        for k in range(16):
+            out = set_lane(out, k, f4(one(get_lane(u, k))))
+        return out
+
+    @inline
+    def by_component(first, second, block):
+        low = lane() + i4(32 * block)
+        return each(word(first, second, low)), each(word(first, second, low + i4(16)))
+
+    @inline
+    def by_position(first, second, block, j):
+        low, high = ints(i4(32 * block + j)), ints(i4(32 * block + 16 + j))
+        return each(word(first, second, low)), each(word(first, second, high))
+
+    return by_component, by_position
 
 
 LAWS = {

@@ -255,6 +255,16 @@ def lane(b):
     return ir.Constant(_llvm(I), list(range(LANES)))
 
 
+@op(f32(F, address))
+def get_lane(b, x, k):
+    return b.extract_element(x, k)
+
+
+@op(F(F, address, f32))
+def set_lane(b, x, k, value):
+    return b.insert_element(x, value, k)
+
+
 @op(F(I))
 def to_floats(b, x):
     return b.sitofp(x, _llvm(F))

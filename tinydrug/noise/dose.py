@@ -125,7 +125,8 @@ def parse_dose(text: str) -> Dose:
     """`[L2|NL]SITE[n]:THETA[@WHERE][~LAW]`, for instance V:0.05, pK:3deg@8-15, A:0.1@0.3..0.5~gauss+held.
 
     THETA is in radians unless it ends in `deg`; angles by slashes (0/0/0.05) are one a layer from layer 0 on.
-    WHERE is layers (8, 8-15, 8-9+20), a depth (0.3..0.5) or a profile (DEPTH:PEAKRATIO/.../MODE).
+    WHERE is layers (8, 8-15, 8-9+20), a depth (0.3..0.5), a profile (DEPTH:PEAKRATIO/.../MODE)
+    or a preset (readme, samples, slowfall, single:8, stack:8).
     After ~, by plus signs: the law, held or wander:TOKENS, cosine:TOKENS or linear:TOKENS, tied.
     Raises DrugError.
     """

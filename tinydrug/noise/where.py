@@ -8,11 +8,15 @@ import numpy as np
 
 from tinydrug.errors import DrugError
 from tinydrug.noise.checks import at, number, read_number, shown, whole, write_number
+from tinydrug.noise.presets import expand
 from tinydrug.noise.profile import Profile
 
 RANGE = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?", re.ASCII)
 MAX_LAYER = 10**9 - 1
-SYNTAX = "write layers as 8, 8-15 or 8-9+20, a depth as 0.3..0.5, a profile as 0.3:0/0.4:1/0.5:0"
+SYNTAX = (
+    "write layers as 8, 8-15 or 8-9+20, a depth as 0.3..0.5, a profile as 0.3:0/0.4:1/0.5:0, "
+    "or a preset: readme, samples, slowfall, single:8, stack:8"
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ Where = Layers | Depth | Profile
 
 
 def parse_where(text: str) -> Where:
-    """What stands after @ in a dose: layers, a depth or a profile."""
+    """What stands after @ in a dose: layers, a depth, a profile or a preset."""
+    text = expand(text)
     if ":" in text:
         return Profile.parse(text)
     if ".." in text:
