@@ -15,7 +15,7 @@ from tinydrug.models import find_model
 from tinydrug.noise import SOBER, Schedule
 
 
-def runtime(path, quant="none", threads=2, n_ctx=None, cell="f32", chunk=128, rewind=0) -> Runtime:
+def runtime(path, quant="none", threads=2, n_ctx=None, cell="f32", chunk=128, rewind_every=0) -> Runtime:
     """A runtime for a checkpoint, without what `load` adds: no tokenizer, any number of threads."""
     checkpoint = open_checkpoint(path)
     architecture = find_model(checkpoint.config, path)
@@ -24,9 +24,15 @@ def runtime(path, quant="none", threads=2, n_ctx=None, cell="f32", chunk=128, re
     needs = architecture.needs(config, checkpoint.metadata is not None)
     check(needs, tensors, path)
     weights = Weights(needs, tensors, quant, threads)
-    n_ctx = n_ctx or config.max_seq_len
     return Runtime(
-        config, weights, architecture, threads=threads, n_ctx=n_ctx, cell=cell, chunk=chunk, rewind=rewind
+        config,
+        weights,
+        architecture,
+        threads=threads,
+        n_ctx=n_ctx or config.max_seq_len,
+        cell=cell,
+        chunk=chunk,
+        rewind_every=rewind_every,
     )
 
 
@@ -67,8 +73,7 @@ ALPHABET = ["<unk>", "<s>", "</s>", "Ġ", "Ċ", "Ã", "©", *map(chr, range(33, 
 
 
 def add_tokenizer(folder: Path, template: str | None = None) -> Path:
-    """A byte-level tokenizer of 96 ids without merges, one a character, BOS 1 and EOS 2, into a model folder.
-    A byte-level tokenizer of 96 ids without merges, one a character, BOS 1 and EOS 2, into a model folder."""
+    """A byte-level tokenizer of 96 ids without merges, one a character, BOS 1 and EOS 2, into a model folder."""
     special = [
         {"id": i, "content": ALPHABET[i], "special": True, "normalized": False}
         | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)

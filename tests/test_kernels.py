@@ -4,6 +4,7 @@ import ctypes
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from tinydrug.engine.doses import dose_table
 from tinydrug.formats.config import Config
 from tinydrug.formats.tensor import Tensor
 from tinydrug.formats.weights import Need, Weights, padded
-from tinydrug.kernels import activation, embed, maths, norm, quantise, rope
+from tinydrug.kernels import activation, embed, jit, maths, norm, quantise, rope
 from tinydrug.kernels.attention import ATTEND, CHUNK, partial_bytes
 from tinydrug.kernels.isa import KNOWN
 from tinydrug.kernels.memory import aligned
@@ -653,6 +654,61 @@ def test_layouts(name, kind):
         np.broadcast_to(biases, (96, 96)) if "transposed" in fields else np.repeat(biases[:, None], 96, 1)
     )
     np.testing.assert_array_equal(held[: len(expected)], arrange(of_rows)[:, 0])
+
+
+# --- the cache of compiled kernels
+
+
+def doubled(x):
+    return x + x
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """kept() -> the same small kernel as a new process would see it, cached in a folder of its own."""
+    monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path)
+    return lambda: jit.Kernel(doubled, types.int64(types.int64), "doubled")
+
+
+def test_a_kernel_is_compiled_once_and_then_loaded(kept, tmp_path, monkeypatch):
+    kernel = kept()
+    assert not kernel.is_cached and kernel(21) == 42 and kernel.is_cached
+    assert [path.name for path in tmp_path.iterdir()] == ["doubled"]
+    monkeypatch.setattr(jit._Cache, "save_overload", lambda *_: pytest.fail("compiled again"))
+    assert kept().is_cached and kept()(4) == 8
+
+
+@pytest.mark.parametrize("damage", ["", "half", "garbage", "another pickle", "a name that is not there"])
+def test_a_damaged_file_is_compiled_anew(damage, kept, tmp_path):
+    assert kept()(1) == 2
+    file = tmp_path / "doubled"
+    good = file.read_bytes()
+    contents = {"half": good[: len(good) // 2], "garbage": b"garbage", "another pickle": pickle.dumps([1])}
+    file.write_bytes(contents.get(damage, b"cos\nnothing\n." if damage else b""))
+    assert kept()(3) == 6
+    assert file.stat().st_size > 0.9 * len(good), "and kept again"
+
+
+def test_without_room_kernels_are_not_kept(kept, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jit.os, "replace", full)
+    assert kept()(5) == 10 and list(tmp_path.iterdir()) == []
+    assert "doubled is not kept: [Errno 28] No space left" in caplog.text
+
+
+def test_the_cache_folder_is_the_users_own_or_none(tmp_path, monkeypatch, caplog):
+    find = jit.cache_folder.__wrapped__
+    monkeypatch.setenv("TINYDRUG_CACHE_DIR", str(tmp_path / "mine"))
+    folder = find()
+    assert folder.parent == tmp_path / "mine" and folder.stat().st_mode & 0o777 == 0o700 and not caplog.text
+    folder.chmod(0o777)
+    assert find() is None and "it can be written by others" in caplog.text
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TINYDRUG_CACHE_DIR", str(tmp_path / "file"))
+    caplog.clear()
+    assert find() is None and "set TINYDRUG_CACHE_DIR" in caplog.text
 
 
 # --- instruction sets

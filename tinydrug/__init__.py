@@ -21,6 +21,7 @@ _HOME = {
     "Completion": "api",
     "Score": "api",
     "Session": "engine.session",
+    "Record": "engine.record",
     "Sampling": "engine.sampling",
     "register_law": "engine.custom",
     "Schedule": "noise",

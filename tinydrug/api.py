@@ -1,14 +1,19 @@
 """Text in, text out: generate, stream, chat, forward and score with a loaded model."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from tinydrug.engine.generate import Request, generate
+from tinydrug.engine.history import Noise, Write
+from tinydrug.engine.prefix import Prefix, common
+from tinydrug.engine.record import Record, obstacle, versions
 from tinydrug.engine.runtime import Runtime
 from tinydrug.engine.sampling import Sampler, Sampling, log_softmax
 from tinydrug.engine.session import Session
@@ -19,6 +24,8 @@ from tinydrug.noise.theory import expected_angles
 from tinydrug.text.chat import named_template, render
 from tinydrug.text.detokenizer import Detokenizer, StopStrings
 from tinydrug.text.tokenizer import Tokenizer
+
+log = logging.getLogger("tinydrug")
 
 Prompt = str | Sequence[int] | Sequence[dict]  # text, token ids, or chat messages
 Drug = Schedule | str | Sequence[str] | None
@@ -80,8 +87,8 @@ class Verified(NamedTuple):
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished generation. `moved`: vectors that noise moved, by site; `verified`: with Options.verify, what
-    it did to them; `timings`: seconds and tokens."""
+    """A finished generation. `moved`: vectors that noise moved, by site; `verified`: what it did to them, if
+    Options.verify asked; `timings`: seconds and tokens."""
 
     text: str
     ids: tuple[int, ...]
@@ -94,6 +101,16 @@ class Completion:
     moved: dict[str, int]
     verified: dict[str, Verified]
     timings: dict[str, float]
+    _record: Callable[["Completion"], Record] = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def record(self) -> Record:
+        """What `Engine.replay` needs to run it again. The first record of an engine hashes its weights."""
+        return self._record(self)
+
+    def __getstate__(self) -> dict:
+        """A copy or a pickle takes the record along, not the engine that could make it."""
+        return {"record": self.record} | {name: was for name, was in vars(self).items() if name != "_record"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +159,15 @@ class Engine:
     at a time."""
 
     def __init__(
-        self, runtime: Runtime, tokenizer: Tokenizer, name: str, source: str, timings: dict[str, float]
+        self,
+        runtime: Runtime,
+        tokenizer: Tokenizer,
+        name: str,
+        source: str,
+        timings: dict[str, float],
+        prefix_reuse: bool = True,
     ):
+        self._prefix = Prefix(prefix_reuse)
         self.runtime, self.tokenizer, self.name, self.source, self.timings = (
             runtime,
             tokenizer,
@@ -166,7 +190,8 @@ class Engine:
         return self.runtime.threads
 
     def close(self) -> None:
-        """Let the threads go."""
+        """Let the threads go, and what was kept of the last sequence."""
+        self._prefix.clear()
         self.runtime.close()
 
     def __enter__(self) -> "Engine":
@@ -208,6 +233,13 @@ class Engine:
     def session(self, drug: Drug = None, drug_seed: int | None = None) -> Session:
         """A sequence to keep: pass it to `stream`, and only what is new in a prompt is read."""
         return Session(self.runtime, *_schedule(drug, drug_seed, 0))
+
+    def load_session(self, path: str | os.PathLike) -> Session:
+        """What `session.save` wrote: it continues bit for bit as the original would, under its own schedule.
+
+        BadModelFile if the file is damaged, ConfigError naming what differs if it is another model's.
+        """
+        return Session.load(self.runtime, path)
 
     # --- generation -----------------------------------------------------------------------------------------
     def stream(
@@ -260,6 +292,31 @@ class Engine:
             raise PromptError('messages: expected a list of objects with "role" and "content"')
         return self.generate(list(messages), **options)
 
+    def replay(self, record: Record, each: Callable[[Step], None] = lambda step: None) -> Completion:
+        """Run a recorded generation again, handing every step to `each`; `record.difference` compares.
+
+        ConfigError naming what stands in the way: another model or context, code in the sampling.
+        """
+        record.check(self.runtime.identity)
+        for text in record.other_versions():
+            log.warning("%s: if the replay differs, this may be why", text)
+        session = self.session()
+        session.rewind_every = record.rewind_every
+        session.retrace(record.prompt_ids[: record.kept], record.history)
+        session.put_noise(record.noise)
+        stream = self.stream(
+            record.prompt_ids,
+            session=session,
+            n=len(record.ids) if record.finish_reason == "cancelled" else record.n,
+            sampling=record.sampling,
+            stop=record.stop,
+            ignore_eos=record.ignore_eos,
+            shift_keep=record.shift_keep,
+        )
+        for step in stream:
+            each(step)
+        return stream.completion
+
     def forward(self, ids: Sequence[int], drug: Drug = None, drug_seed: int | None = None) -> np.ndarray:
         """Logits (T, V) float32 at every position. With a drug, every position beyond the sink is read under
         noise."""
@@ -305,16 +362,19 @@ class Engine:
         sampling = options.sampling or Sampling()
         seed, noise_seed = _seed(sampling.seed, "seed"), _seed(options.drug_seed, "drug_seed")
         stop_ids = frozenset() if options.ignore_eos else self.tokenizer.eos_ids
-        requests, outs = [], []
+        requests, outs, starts, own = [], [], [], []
         for i, (prompt, drug, session) in enumerate(zip(prompts, drugs, sessions, strict=True)):
             ids = self.encode(prompt, options.template)
             if session is None:
                 session = Session(self.runtime, *_schedule(drug, noise_seed, i))
+                self._prefix.share(session, ids)
+                own.append(session)
             if options.protect or options.protect_ids:
                 session.protect(options.protect, options.protect_ids)
             if options.verify:
                 session.verify(True)
             _share_prefix(session, ids)
+            starts.append(_Start(session.pos, tuple(session.history), session.noise, session.rewind_every))
             want = options.logprobs
             sampler = Sampler(sampling, (seed + i) % MAX_SEED, want or 0, want is not None)
             requests.append(
@@ -323,7 +383,7 @@ class Engine:
             outs.append(_Text(ids, Detokenizer(self.tokenizer, continues=True), StopStrings(options.stop)))
         moved = [request.session.moved.copy() for request in requests]
         start = time.perf_counter()
-        first = None
+        first, sound = None, False
         try:
             for event in generate(self.runtime, requests, options.progress):
                 first = first or time.perf_counter()
@@ -334,8 +394,52 @@ class Engine:
                 finish = "stop" if out.stopped else event.finish
                 step = Step(text, choice.id, len(out.ids) - 1, choice.logprob, choice.top, finish)
                 yield event.index, step
+            sound = True
+        except GeneratorExit:  # closed early, between two steps
+            sound = True
+            raise
         finally:  # ended, closed early or failed
-            finished(_completions(requests, outs, moved, start, first or time.perf_counter()))
+            done = _completions(requests, outs, moved, start, first or time.perf_counter())
+            finished([self._recorded(*each, options) for each in zip(done, requests, starts, strict=True)])
+            if sound:
+                self._prefix.keep(*own)
+
+    def _recorded(self, completion, request, start, options) -> Completion:
+        """The completion with a way to make its record."""
+        sampling = replace(options.sampling or Sampling(), seed=completion.seed)
+        now = replace(request.session.noise, born=start.noise.born)
+        changed = None if now == start.noise else "the noise of its session was changed while it ran"
+
+        def record(completion: Completion) -> Record:
+            return Record(
+                made_by=versions() | {"threads": self.threads, "chunk": self.runtime.chunk},
+                model={"name": self.name, "source": self.source, **self.runtime.identity},
+                prompt_ids=completion.prompt_ids,
+                kept=start.kept,
+                history=start.history,
+                noise=replace(start.noise, born=0),
+                rewind_every=start.rewind_every,
+                sampling=sampling,
+                n=options.n,
+                stop=tuple(options.stop),
+                ignore_eos=options.ignore_eos,
+                shift_keep=options.shift_keep,
+                ids=completion.ids,
+                finish_reason=completion.finish_reason,
+                text=completion.text,
+                obstacle=obstacle(sampling) or changed,
+            )
+
+        return replace(completion, _record=record)
+
+
+class _Start(NamedTuple):
+    """What a record says of a sequence as it was before a generation."""
+
+    kept: int
+    history: tuple[Write, ...]
+    noise: Noise
+    rewind_every: int
 
 
 def _completions(requests, outs, moved, start: float, first: float) -> list[Completion]:
@@ -416,10 +520,7 @@ def _seed(seed: int | None, name: str) -> int:
 
 def _share_prefix(session: Session, ids: Sequence[int]) -> None:
     """Rewind a kept session to what it shares with this prompt, leaving at least one token to feed."""
-    shared = 0
-    while shared < min(session.pos, len(ids) - 1) and session.ids[shared] == ids[shared]:
-        shared += 1
     try:
-        session.rewind(session.pos - shared)
+        session.rewind(session.pos - common(session.ids, ids[:-1]))
     except ValueError:  # the ring has moved on
         session.reset()

@@ -47,6 +47,7 @@ def load(
     cache: str = "f16",
     chunk: int = 512,
     rewind_every: int = REWIND_EVERY,
+    prefix_reuse: bool = True,
     mmap: bool = True,
     check_tensors: bool = False,
     pull: bool | None = None,
@@ -60,6 +61,7 @@ def load(
     quant: none (as the file has it), f32, q8 or q4. threads: None for all this process may use. ctx:
     tokens of context, 0 or None for the model's own. cache: f16 or f32. chunk: prompt tokens fed at once.
     rewind_every: drugged tokens after which the cache is written anew without noise, 0 for never.
+    prefix_reuse: keep the last sequence's cache, for a next prompt that begins like it.
     pull, offline, ask, bars: how a model that is not on disk is come by (hub.resolve). progress(phase,
     share) is called for "load" and "compile".
 
@@ -99,9 +101,10 @@ def load(
         chunk=min(chunk, n_ctx),
         rewind_every=rewind_every,
         progress=progress and (lambda share: progress("compile", share)),
+        tokenizer=tokenizer.fingerprint,
     )
     timings = {"load_s": loaded - start, "compile_s": time.perf_counter() - loaded}
-    return Engine(runtime, tokenizer, found.name, found.source, timings)
+    return Engine(runtime, tokenizer, found.name, found.source, timings, prefix_reuse)
 
 
 def inspect(path: str | os.PathLike) -> Inspection:

@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
         with _terminable():
             return _command(words)
     except KeyboardInterrupt:
+        if sys.stderr.isatty():  # which shows ^C
+            print(file=sys.stderr)
         return 130
     except BrokenPipeError:  # nobody reads any more: leave quietly
         _discard(sys.stdout)
@@ -111,4 +113,5 @@ def _terminable() -> Iterator[None]:
 
 COMMANDS = {  # word: the module whose run(words after it) returns the exit status
     "models": "tinydrug.cli.models",
+    "replay": "tinydrug.cli.replay",
 }

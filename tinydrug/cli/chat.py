@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tinydrug.api import Completion
 from tinydrug.cli.console import Console
 from tinydrug.cli.output import PlainText, WholeFile, to_stdout
 from tinydrug.cli.talk import Talk, speeds
@@ -22,6 +23,7 @@ class Chat:
         self._messages: list[dict] = talk.opening()  # of a chat: {"role", "content"}
         self._texts: list[str] = []  # of a base model: what was typed, with what it made of it
         self._ids: list[int] = []  # of the last of these
+        self._last: Completion | None = None
 
     def run(self, first: str | None, single: bool) -> int:
         """Converse until the user leaves, or `single` answer -> the exit status. `first` needs no typing."""
@@ -88,6 +90,7 @@ class Chat:
         if completion is None:
             return False
         out.end()
+        self._last = completion
         full = "; the context is full, /reset empties it" if completion.finish_reason == "context" else ""
         self._console.say(speeds(completion) + full)
         return True
@@ -151,6 +154,15 @@ class Chat:
             write("".join(f"{text}\n\n" for text in texts + self._texts))
         self._console.say(f"saved to {path}")
 
+    def _record(self, path):
+        if not path:
+            return self._console.error("/record FILE: the name is missing")
+        if self._last is None:
+            return self._console.error("/record: nothing is answered yet")
+        with WholeFile(os.path.expanduser(path), "/record") as write:
+            write(self._last.record.to_json())
+        self._console.say(f"recorded in {path}: tinydrug replay {path}")
+
     def _drug(self, doses):
         if doses:
             self._talk.dose(doses)
@@ -193,6 +205,7 @@ COMMANDS = {  # word: what it does, its argument, its help
     "/help": (Chat._help, "", "this list"),
     "/reset": (Chat._reset, "", "forget what was said"),
     "/save": (Chat._save, "FILE", "write what was said to a file"),
+    "/record": (Chat._record, "FILE", "write what `tinydrug replay` needs to give the last answer again"),
     "/drug": (Chat._drug, "SPEC", "noise from the next answer on, as for --drug; without SPEC: what is used"),
     "/sober": (Chat._sober, "", "no noise from the next answer on"),
     "/show": (Chat._show, "", "the noise of every layer and site, and how many vectors it moved"),

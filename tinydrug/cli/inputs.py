@@ -60,17 +60,14 @@ def read_prompt(args: argparse.Namespace) -> str | None:
 
 def idle_flags(args: argparse.Namespace) -> list[str]:
     """Warnings about flags that have no effect without another."""
-    cut = [f"--{name.replace('_', '-')}" for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0))
-           if getattr(args, name) != off]  # fmt: skip
-    drug = [
-        f"--drug-{name}" for name in ("scale", "sink", "prompt") if getattr(args, f"drug_{name}") is not None
+    greedy = args.temp == 0
+    undosed = not args.drug and args.drug_file is None and not is_interactive(args)
+    cuts = {"--top-k": args.top_k != 0, "--top-p": args.top_p != 1, "--min-p": args.min_p != 0}
+    drugs = {f"--drug-{name}": vars(args)[f"drug_{name}"] is not None for name in ("scale", "sink", "prompt")}
+    return [
+        *(f"{flag} changes nothing at --temp 0, which is greedy" for flag in cuts if greedy and cuts[flag]),
+        *(f"{flag} changes nothing without --drug" for flag in drugs if undosed and drugs[flag]),
     ]
-    warnings = []
-    if cut and args.temp == 0:
-        warnings.append(f"{', '.join(cut)} changes nothing at --temp 0, which is greedy")
-    if drug and not args.drug and args.drug_file is None and not is_interactive(args):
-        warnings.append(f"{', '.join(drug)} changes nothing without --drug")
-    return warnings
 
 
 def read_schedule(args: argparse.Namespace, doses) -> Schedule:

@@ -107,6 +107,8 @@ def _check_together(args: argparse.Namespace) -> None:
     for name, needed in (("logprobs", "json"), ("keep", "context_shift")):
         if name in given and needed not in given:
             raise ConfigError(f"{_flag(name)} needs {_flag(needed)}", name)
+    if args.record is not None and args.record in ("-", args.output_file):
+        raise ConfigError("--record: give it a file of its own", "record")
     for name in ("system_prompt", "chat_template"):
         if name in given and args.conversation is False:
             raise ConfigError(f"{_flag(name)} is for a chat: drop it or --no-conversation", name)
@@ -197,7 +199,7 @@ def _parser() -> Parser:
     add("-cnv", "--conversation", **on, default=None,
         help="chat, through the model's template; after -p on a terminal, go on chatting (default: chat if "
         "there is a template)")
-    add("-no-cnv", "--no-conversation", dest="conversation", action="store_false",
+    add("-no-cnv", "--no-conversation", dest="conversation", action="store_false", default=None,
         help="continue the text as it is")
     add("-st", "--single-turn", **on, help="leave the chat after one answer")
     add("--chat-template", metavar="WHICH",
@@ -241,8 +243,9 @@ def _parser() -> Parser:
         help="temperature (default: 0, greedy: always the likeliest)")
 
     add = group("noise")
-    add("--drug", action="append", metavar="SPEC", help="SITE:THETA[@WHERE][~LAW], SITE one of H Q pK K V A, "
-        "THETA in radians or 3deg, WHERE layers 8-15 or depth 0.3..0.5; several by commas or flags")
+    add("--drug", action="append", metavar="SPEC",
+        help="[L2|NL]SITE[n]:THETA[@WHERE][~LAW], SITE one of H Q pK K V A M, THETA in radians or 3deg, "
+        "WHERE layers 8-15 or depth 0.3..0.5; several by commas or flags")
     add("--drug-file", metavar="FILE", help="the same from .toml (profiles, too) or .csv")
     add("--drug-seed", type=whole(-1), default=-1, help="of the noise (default: -1, that of --seed)")
     add("--drug-scale", type=real, metavar="X", help="multiply every theta (default: 1; 0: sober)")
@@ -256,6 +259,7 @@ def _parser() -> Parser:
     add = group("output")
     add("-o", "--output-file", metavar="FILE",
         help="write the text there instead, whole at the end; Ctrl-C keeps what there is")
+    add("--record", metavar="FILE", help="write what `tinydrug replay FILE` needs to generate the same again")
     add("--json", **on, help="write a line of JSON for each token and one for the whole completion")
     add("--logprobs", type=whole(0), help="with --json: each token's log-probability and N alternatives")
     add("--color", choices=("auto", "always", "never"), default="auto", metavar="WHEN",

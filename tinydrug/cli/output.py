@@ -19,6 +19,11 @@ def destination(path: str | None, flag: str = "--output-file"):
     return nullcontext(to_stdout) if path in (None, "-") else WholeFile(path, flag)
 
 
+def recorder(path: str | None):
+    """A context whose value is a function Write for a record, or None if none is wanted."""
+    return nullcontext() if path is None else WholeFile(path, "--record")
+
+
 class WholeFile:
     """A text file that appears when its `with` block ends well, and then as a whole; the value is its Write.
 

@@ -5,7 +5,8 @@ import sys
 
 from tinydrug.cli import inputs
 from tinydrug.cli.console import Console
-from tinydrug.cli.output import JsonLines, PlainText, destination
+from tinydrug.cli.output import JsonLines, PlainText, destination, recorder
+from tinydrug.errors import ConfigError
 
 
 def run(args: argparse.Namespace) -> int:
@@ -17,8 +18,10 @@ def run(args: argparse.Namespace) -> int:
         interactive = inputs.is_interactive(args)
         if sys.stdin.isatty() and inputs.is_typed(args) and not interactive:
             console.say("type the prompt, then Ctrl-D")
+        if interactive and args.record is not None:
+            raise ConfigError("--record is for one answer: in a chat, /record FILE keeps the last", "record")
         prompt = inputs.read_prompt(args)
-        with destination(args.output_file) as write:
+        with destination(args.output_file) as write, recorder(args.record) as record:
             from tinydrug.cli.talk import Talk, load_engine  # Numba: only once all flags are found sound
 
             with load_engine(args, console) as engine:
@@ -30,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
 
                     return Chat(talk, console).run(prompt, args.single_turn)
                 completion = _answer(args, talk, prompt, write)
+                if record:
+                    record(completion.record.to_json())
         console.say(talk.summary(completion))
         if args.show_schedule:
             console.line(talk.moved())

@@ -15,24 +15,22 @@ from tinydrug.load import load
 from tinydrug.noise import SITES, Schedule
 
 SLOW = 1.0  # seconds after which compiling is worth a line
-CONTINUES, ANSWERS = (
-    128,
-    512,
-)  # tokens at most: of a text continued, of an answer, which mostly ends by itself
+CONTINUES = 128  # tokens at most, of a text that is continued
+ANSWERS = 512  # of an answer, which mostly ends by itself
 
 
 def load_engine(args: argparse.Namespace, console: Console) -> Engine:
     """The model of the flags, with bars on a terminal and a line when kernels are compiled for long."""
-    bars, loaded, told = console.bars, None, False
+    loaded, told = time.monotonic(), False
 
     def progress(phase: str, share: float) -> None:
         nonlocal loaded, told
         if phase == "load":
             console.bar("loading the model", share)
             loaded = time.monotonic()
-        elif time.monotonic() - (loaded or 0) > SLOW:
+        elif time.monotonic() - loaded > SLOW:
             console.bar("compiling kernels (once per machine)", share)
-            if not (bars or told):
+            if not (console.bars or told):
                 console.say("compiling kernels (once per machine) ...")
                 told = True
 
@@ -53,7 +51,7 @@ def load_engine(args: argparse.Namespace, console: Console) -> Engine:
         pull=True if args.pull else None,
         offline=args.offline,
         ask=ask if sys.stdin.isatty() and sys.stderr.isatty() else None,
-        bars=bars,
+        bars=console.bars,
         progress=progress,
     )
     console.clear()

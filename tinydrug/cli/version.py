@@ -10,14 +10,12 @@ from tinydrug.engine.threads import available_threads
 
 def describe() -> str:
     """Versions, processor and folder of compiled kernels, a line each. Numba is not imported."""
-    import llvmlite.binding as llvm
-
-    from tinydrug.kernels.isa import ISA
+    from tinydrug.kernels.isa import CPU, ISA  # LLVM
 
     lines = [f"tinydrug {__version__}", f"python {platform.python_version()}"]
     lines += [f"{name} {version(name)}" for name in ("numpy", "numba", "llvmlite")]
     lines += [
-        f"processor {llvm.get_host_cpu_name()}, {ISA}, {available_threads()} threads",
+        f"processor {CPU}, {ISA}, {available_threads()} threads",
         f"kernels in {kernel_folder()}",
     ]
     return "\n".join(lines)

@@ -32,6 +32,21 @@ class RingCache:
         self.keys = aligned((L, G, slots // 16, d, 16), CELLS[cell], huge=False)
         self.values = aligned((L, G, slots, d), CELLS[cell], huge=False)
 
+    def blocks(self, first: int, last: int) -> np.ndarray:
+        """Which of the S/16 blocks of 16 slots hold positions first .. last - 1, ascending."""
+        return np.unique(np.arange(first // 16, -(-last // 16)) % (self.slots // 16))
+
+    def copy_from(self, other: "RingCache", blocks: np.ndarray) -> None:
+        """Take over what these blocks of a cache of the same shape hold."""
+        for layer in range(len(self.keys)):  # one at a time: little memory, and no page that is not needed
+            self.keys[layer][:, blocks] = other.keys[layer][:, blocks]
+            self.by_block()[layer][:, blocks] = other.by_block()[layer][:, blocks]
+
+    def by_block(self) -> np.ndarray:
+        """The values as a view (L, G, S/16, 16, d)."""
+        L, G, S, d = self.values.shape
+        return self.values.reshape(L, G, S // 16, 16, d)
+
     @staticmethod
     def nbytes(config: Config, slots: int, cell: str) -> int:
         """Bytes of a full cache."""

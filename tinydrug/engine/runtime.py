@@ -1,15 +1,19 @@
 """A loaded model that runs: its program with memory behind it, and one forward pass over tokens of many
 sequences."""
 
+import json
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from types import ModuleType
 
 import numpy as np
 
 from tinydrug.engine.cache import RingCache, slots_needed
 from tinydrug.engine.doses import dose_table
+from tinydrug.engine.pace import Pace
 from tinydrug.formats.config import Config
 from tinydrug.formats.weights import Weights, padded
 from tinydrug.kernels.attention import CHUNK, ROWS, partial_bytes
@@ -53,7 +57,9 @@ class Runtime:
         chunk: int = 512,
         rewind_every: int = REWIND_EVERY,
         progress: Callable[[float], None] | None = None,
+        tokenizer: Callable[[], str] = lambda: "",  # gives its fingerprint
     ):
+        self._tokenizer = tokenizer
         self.config, self.weights, self.n_ctx, self.cell, self.chunk = config, weights, n_ctx, cell, chunk
         self.rewind_every = rewind_every
         self.slots = slots_needed(n_ctx, config.sliding_window, chunk, rewind_every)
@@ -67,6 +73,7 @@ class Runtime:
         self._call["tokens"] = self._tokens.ctypes.data
         self._call["sites"] = len(SITES)
         self._team = Team(self._call, threads)
+        self._pace = Pace(threads)
         d = padded(config.head_dim)
         widest = padded(max(config.hidden_size, config.intermediate_size, d))
         attention = 4 * d * (ROWS + 16) + 2 * partial_bytes(d) + 4096  # tiles, noisy values, partial results
@@ -82,6 +89,19 @@ class Runtime:
     @property
     def threads(self) -> int:
         return self._team.threads
+
+    @cached_property
+    def identity(self) -> dict:
+        """All that the bits of a sequence depend on besides its tokens and its noise, JSON-safe: for records
+        and saved sessions. The first call hashes every weight."""
+        return {
+            "config": json.loads(json.dumps(asdict(self.config))),  # as it comes back from a file
+            "quant": self.weights.quant,
+            "cache": self.cell,
+            "n_ctx": self.n_ctx,
+            "tokenizer": self._tokenizer(),
+            "weights": self.weights.fingerprint(),
+        }
 
     @property
     def bytes_per_token(self) -> int:
@@ -143,7 +163,12 @@ class Runtime:
             t, out = t + n, out + part.outputs
         call = self._call
         call["n_tokens"], call["n_outputs"], call["n_spans"] = t, n_outputs, len(parts)
-        self._team.run()
+        if t > 1:  # arithmetic-bound: all threads, always
+            self._team.run(self.threads)
+        else:
+            start = time.perf_counter()
+            self._team.run(self._pace.choose())
+            self._pace.note(time.perf_counter() - start)
         for part in parts:
             if part.start is None:
                 part.session.advance(part.ids, part.drugged)

@@ -1,11 +1,15 @@
 """One sequence: its cache, its tokens, its schedule of noise."""
 
+import copy
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tinydrug.engine import snapshot
 from tinydrug.engine.cache import RingCache
 from tinydrug.engine.doses import dose_table
+from tinydrug.engine.history import Noise, Write, cut, note
 from tinydrug.engine.runtime import Part, Runtime
 from tinydrug.errors import ContextOverflow, PromptError
 from tinydrug.formats.weights import padded
@@ -24,6 +28,7 @@ class Session:
         self.rewind_every = runtime.rewind_every
         self.spans: list[tuple[int, int]] = []  # positions first .. last - 1 that were written under noise
         self._clean: int | None = None  # rows before this are as if never drugged; None: all are
+        self.history: list[Write] = []  # how the others were written
         self.born = 0  # position of the first token generated after the last prompt: ramps count from it
         self._sums: np.ndarray | None = None  # (threads, sites, 3) of a verification
         self._protected_positions: tuple[int, ...] = ()
@@ -50,7 +55,7 @@ class Session:
 
     def protect(self, positions: Sequence[int] = (), ids: Sequence[int] = ()) -> None:
         """Positions, and tokens wherever they stand, that noise never touches, beside the sink."""
-        self._protected_positions, self._protected_ids = tuple(positions), tuple(ids)
+        self._protected_positions, self._protected_ids = tuple(map(int, positions)), tuple(map(int, ids))
         self._touchable = np.arange(len(self.awake) - 1) >= self.schedule.sink
         self._touchable[[p for p in positions if 0 <= p < len(self._touchable)]] = False
         self._mark(self.ids, 0)
@@ -77,6 +82,18 @@ class Session:
         sums = np.zeros((len(SITES), 3)) if self._sums is None else self._sums.sum(0)
         rows = zip(SITES, sums, strict=True)
         return {site: (int(n), angle / n, drift / n) for site, (n, angle, drift) in rows if n}
+
+    @property
+    def noise(self) -> Noise:
+        """The noise that the next drugged token gets."""
+        seed = self.noise_seed % (1 << 64)
+        return Noise(self.schedule, seed, self.born, self._protected_positions, self._protected_ids)
+
+    def put_noise(self, noise: Noise) -> None:
+        """Take the noise of another sequence: from now on both get the same."""
+        self.protect(noise.protect, noise.protect_ids)
+        self.dose(noise.schedule, noise.seed)
+        self.born = noise.born
 
     def check(self, ids: Sequence[int]) -> None:
         """PromptError or ContextOverflow if these tokens cannot be fed now."""
@@ -112,22 +129,30 @@ class Session:
 
     def advance(self, ids: Sequence[int], drugged: bool) -> None:
         """Called by the runtime: these tokens are in the cache now."""
-        first = max(self.pos, self.schedule.sink)
+        start, first = self.pos, max(self.pos, self.schedule.sink)
         self.ids.extend(map(int, ids))
         self._written = max(self._written, self.pos)
+        noisy = drugged and first < self.pos and self.doses["theta"].any()
         if not drugged:
             self.born = self.pos
-        elif first < self.pos and self.doses["theta"].any():
+        elif noisy:
             if self.spans and self.spans[-1][1] == first:
                 first = self.spans.pop()[0]
             self.spans.append((first, self.pos))
             self._clean = first if self._clean is None else self._clean
+        if self._clean is not None:
+            note(self.history, Write(start, self.pos, self.noise if noisy else None))
 
     # --- write drunk, edit sober ----------------------------------------------------------------------
     @property
     def dirty(self) -> int:
         """Tokens in the cache that were written under noise."""
         return sum(last - first for first, last in self.spans)
+
+    @property
+    def clean(self) -> int:
+        """How many rows of the cache, from the first on, are as if never drugged."""
+        return self.pos if self._clean is None else self._clean
 
     def sober_up(self, interrupt: Callable[[], bool] = lambda: False, chunk: int | None = None) -> int:
         """Write the cache anew without noise, from the first row that noise touched on -> rows still to do.
@@ -142,19 +167,25 @@ class Session:
         ):  # the ring no longer holds what these rows must see: from the start, at once
             self._clean, interrupt = 0, lambda: False
         while self._clean is not None and not interrupt():
-            end = min(self._clean + (chunk or self.runtime.chunk), self.pos)
-            self.runtime.step([Part(self, self.ids[self._clean : end], False, 0, self._clean)])
-            self._clean = end
-            self._trim()
-        return 0 if self._clean is None else self.pos - self._clean
+            self._rewrite(min(self._clean + (chunk or self.runtime.chunk), self.pos))
+        return self.pos - self.clean
+
+    def _rewrite(self, last: int) -> None:
+        """Write the rows from the first unclean one up to `last` anew, without noise."""
+        first = self._clean
+        self.runtime.step([Part(self, self.ids[first:last], False, 0, first)])
+        note(self.history, Write(first, last))
+        self._clean = last
+        self._trim()
 
     def _trim(self) -> None:
         """Forget spans that were cleaned or cut off."""
-        clean, pos = self.pos if self._clean is None else self._clean, self.pos
-        cut = [(max(first, clean), min(last, pos)) for first, last in self.spans]
-        self.spans = [(first, last) for first, last in cut if first < last]
-        if self._clean is not None and self._clean >= pos:
-            self._clean = None
+        clean, pos = self.clean, self.pos
+        left = [(max(first, clean), min(last, pos)) for first, last in self.spans]
+        self.spans = [(first, last) for first, last in left if first < last]
+        self.history = cut(self.history, pos)
+        if clean >= pos:
+            self._clean, self.history = None, []
 
     def _lost(self, pos: int) -> bool:
         """Whether a token at this position would look back at slots that later positions have taken."""
@@ -183,11 +214,61 @@ class Session:
         tokens gives."""
         keep = min(keep, self.pos)
         kept = self.ids[:keep] + self.ids[keep + (self.pos - keep + 1) // 2 :]
-        self.ids, self.spans, self._clean, self._written = [], [], None, 0
+        self._forget()
         if kept:
             self.feed(kept)
 
     def reset(self) -> None:
         """An empty sequence; doses stay, counters start anew."""
-        self.ids, self.spans, self._clean, self._written = [], [], None, 0
+        self._forget()
         self.moved[:] = 0
+
+    def _forget(self) -> None:
+        self.ids, self.spans, self._clean, self.history, self._written = [], [], None, [], 0
+
+    # --- the same state elsewhere -----------------------------------------------------------------------
+    def fork(self) -> "Session":
+        """A second continuation of this prefix, which shares nothing that can be written. Of the cache only
+        what is in use is copied."""
+        cache = self.runtime.new_cache()
+        cache.copy_from(self.cache, self.blocks())
+        return copy.deepcopy(self, {id(self.runtime): self.runtime, id(self.cache): cache})
+
+    def blocks(self) -> np.ndarray:
+        """The blocks of the cache that hold positions of this sequence."""
+        return self.cache.blocks(max(0, self._written - self.cache.slots), self.pos)
+
+    def adopt(self, other: "Session", rows: int) -> None:
+        """Take over the cache of a sequence that is no longer needed, with its first rows, which are clean.
+        ValueError if its ring no longer holds what they must see."""
+        other.rewind(other.pos - rows)
+        self.cache, self.ids, self._written = other.cache, other.ids, other._written if rows else 0
+
+    def retrace(self, ids: Sequence[int], history: Sequence[Write]) -> None:
+        """Read tokens into an empty sequence as another one did whose history this is: every bit is what it
+        was there. Leaves that noise behind."""
+        sober = history[0].first if history else len(ids)
+        if sober:
+            self.feed(ids[:sober], outputs=0)
+        for write in history:
+            if write.first < self.pos:
+                self._clean = write.first
+                while self.clean < write.last:
+                    self._rewrite(min(self._clean + self.runtime.chunk, write.last))
+                continue
+            if write.noise:
+                self.put_noise(write.noise)
+            self.feed(ids[write.first : write.last], "all" if write.noise else "none", outputs=0)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the sequence to a safetensors file, whole or not at all; `load` reads it. ConfigError naming
+        the path."""
+        snapshot.save(self, path)
+
+    @classmethod
+    def load(cls, runtime: Runtime, path: str | os.PathLike) -> "Session":
+        """A saved sequence, which continues as the original would. BadModelFile if the file is damaged,
+        ConfigError naming what differs if it is another model's."""
+        session = cls(runtime)
+        snapshot.load(session, path)
+        return session

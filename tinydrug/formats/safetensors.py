@@ -18,9 +18,7 @@ def read(path, mmap: bool = True) -> dict[str, Tensor]:
     path = str(path)
     content, mapping = read_bytes(path, mapped=mmap)
     header, start = _header(path, content)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise BadModelFile(path, "its __metadata__ is not an object of strings")
+    _metadata(path, header)
     spans = {name: _span(path, name, entry) for name, entry in header.items()}
 
     end = 0
@@ -40,6 +38,20 @@ def read(path, mmap: bool = True) -> dict[str, Tensor]:
         name: Tensor(name, shape, kind, content[start + begin : start + stop], path, mapping)
         for name, (kind, shape, begin, stop) in spans.items()
     }
+
+
+def read_metadata(path) -> dict[str, str]:
+    """The texts that a file carries beside its tensors. BadModelFile as for `read`."""
+    path = str(path)
+    return _metadata(path, _header(path, read_bytes(path)[0])[0])
+
+
+def _metadata(path, header: dict) -> dict[str, str]:
+    """Taken out of the header; the rest are tensors."""
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise BadModelFile(path, "its __metadata__ is not an object of strings")
+    return metadata
 
 
 def _header(path, content) -> tuple[dict, int]:

@@ -1,6 +1,7 @@
 """From the tensors of a checkpoint to the rows of the weight table: what a model needs, checked, then packed
 in panels."""
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +117,15 @@ class Weights:
         addresses = {int(self.table[row]["data"]), int(self.table[row]["scales"])}
         return sum(area.nbytes for area in self._memory if area.ctypes.data in addresses)
 
+    def fingerprint(self) -> str:
+        """A hash of all weights as they lie in memory, in hexadecimal digits: 1 to 3 s a GB and thread."""
+        layout = [
+            (name, weight.row, weight.format, weight.n, weight.k) for name, weight in self._by_name.items()
+        ]
+        with ThreadPoolExecutor(self._threads) as pool:
+            parts = pool.map(lambda area: hashlib.sha256(area).digest(), self._memory)
+            return hashlib.sha256(repr(layout).encode() + b"".join(parts)).hexdigest()
+
     def _keep(self, area: np.ndarray) -> int:
         self._memory.append(area)
         return area.ctypes.data
@@ -160,7 +170,7 @@ class Weights:
         layout = FORMATS[format_]
         available = tensor.shape[1] if need.transposed else tensor.shape[0]
         rows = _row_map(need, available)
-        n = padded(len(rows), PANEL)
+        n = padded(len(rows))  # whole panels, and a whole number of blocks for whoever reads the result
         rows = np.pad(rows, (0, n - len(rows)), constant_values=-1).astype(np.int32)
         panels, blocks = n // PANEL, k // PAD
         packed = aligned((panels, blocks, layout.panel_bytes), np.uint8)
@@ -229,4 +239,4 @@ def packed_bytes(need: Need, tensor: Tensor, quant: str) -> int:
     n, k = need.shape[::-1] if need.transposed else need.shape
     if need.columns:
         n = need.columns[1] - need.columns[0]
-    return padded(n, PANEL) // PANEL * padded(k) // PAD * (layout.panel_bytes + layout.scale_bytes)
+    return padded(n) // PANEL * padded(k) // PAD * (layout.panel_bytes + layout.scale_bytes)

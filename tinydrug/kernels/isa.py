@@ -24,4 +24,5 @@ def _choose() -> str:
     return forced
 
 
+CPU = llvm.get_host_cpu_name()
 ISA = _choose()

@@ -270,6 +270,8 @@ def make_law(name, by_component, by_position, wandering=False, cached=True) -> L
             third, fourth = next_streams(positions, drawn, first, second)
             zero = floats(f4(0.0))
             qx, qr, xx, rx, rr, d = zeros, zeros, zero, zero, zero, op.head_dim
+            for i in range(d):  # as sober attention does, in its order: a protected key keeps its bits
+                qx = tile_fma(qx, load_cell(keys + 16 * cell * i), q + 4 * i, 4 * d)
             for block in range(d // 32):
                 for j in range(16):
                     i = 32 * block + j
@@ -279,7 +281,6 @@ def make_law(name, by_component, by_position, wandering=False, cached=True) -> L
                     if (i + 16) % op.period >= op.valid:
                         r1 = zero
                     x0, x1 = load_cell(keys + 16 * cell * i), load_cell(keys + 16 * cell * (i + 16))
-                    qx = tile_fma(tile_fma(qx, x0, q + 4 * i, 4 * d), x1, q + 4 * i + 64, 4 * d)
                     qr = tile_fma(tile_fma(qr, r0, q + 4 * i, 4 * d), r1, q + 4 * i + 64, 4 * d)
                     xx, rx = fma(x1, x1, fma(x0, x0, xx)), fma(r1, x1, fma(r0, x0, rx))
                     rr = fma(r1, r1, fma(r0, r0, rr))

@@ -123,11 +123,11 @@ class Team:
         self._locks: list[threading.Lock] = []
         self._pid = -1
 
-    def run(self) -> None:
-        """One forward pass over what the call table says."""
+    def run(self, threads: int) -> None:
+        """One forward pass over what the call table says, by this many of the team's threads."""
         if self._pid != os.getpid():
             self._start()
-        self._post(self.threads)
+        self._post(threads)
         serve(self._call.ctypes.data, 0, 0)
 
     def close(self) -> None:

@@ -584,8 +584,7 @@ _DOT4 = {"avx512vnni": _dot4_vnni, "avx2": _dot4_avx2, "portable": _dot4_portabl
 
 @op(lambda t, *a: t(t, B, address, address))
 def tile_dot4(b, t, w, p, step):
-    """t[r] += in each lane the dot product of 4 unsigned bytes of w and the 4 signed bytes at p + r * step.
-    t[r] += in each lane the dot product of 4 unsigned bytes of w and the 4 signed bytes at p + r * step."""
+    """t[r] += in each lane 4 unsigned bytes of w times the 4 signed bytes at p + r * step."""
 
     def row(r, acc):
         x = b.bitcast(_splat(b, _load(b, _row_address(b, p, step, r), i32, 1)), _llvm(B))

@@ -149,8 +149,7 @@ class Program:
         return y
 
     def noise(self, site: str, layer: int, x):
-        """A place where noise enters: x as it is, or turned, as the schedule of each token's sequence says.
-        A place where noise enters: x as it is, or turned, as the schedule of each token's sequence says."""
+        """Where noise enters: x as it is, or turned, as the schedule of each token's sequence says."""
         if isinstance(x, Cached):
             return replace(x, site=site)
         where = {"layer": layer, "site": SITES[site].code}
@@ -243,8 +242,7 @@ class Program:
 
     # --- memory and barriers --------------------------------------------------------------------------------
     def place(self) -> list[int]:
-        """For each slot the memory area it uses: slots of one size that are never alive together share one.
-        For each slot the memory area it uses: slots of one size that are never alive together share one."""
+        """The memory area of each slot: slots of one size that are never alive together share one."""
         last = {slot: i for i, step in enumerate(self.steps) for slot, _ in step.reads + step.writes}
         free, place, n_areas = {}, {}, 0
         for i, step in enumerate(self.steps):
