@@ -1,5 +1,6 @@
 """Text in, text out: generate, stream, chat, score, forward, sessions, batches, threads; what is refused."""
 
+import functools
 import json
 import math
 import os
@@ -34,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    with tinydrug.load(folder, ctx=128, cache="f32") as engine:
+    with tinydrug.load(folder, ctx=128, cache="f32", prefix_reuse=False) as engine:
         yield engine
 
 
@@ -344,6 +345,34 @@ def test_a_kept_session_reads_only_what_is_new(engine, drug):
     stream = engine.stream(kept_text, session=kept, n=6, logprobs=2)
     list(stream)
     assert stream.completion.logprobs == fresh.logprobs
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window"])
+def test_reuse_between_calls_changes_no_bit(name, tmp_path):
+    """An engine keeps its last sequence: whatever ran before, drugged or not, the next answer is the same."""
+    folder = add_tokenizer(tiny.build(name, tmp_path))
+    calls = [
+        ([5, 6, 7, 8] * 5, None),
+        ([5, 6, 7, 8] * 5 + [9, 10], None),
+        ([5, 6, 7, 8] * 5 + [9, 11, 12], "V:0.9,K:0.9"),
+        ([5, 6, 7, 8] * 5 + [9, 11, 12], None),
+        ([5, 6, 7, 8] * 5 + [9, 11, 12, 13], "H:0.9,prompt=all"),
+        ([5, 6, 7, 8] * 5 + [9, 11, 12, 13], "H:0.9,prompt=last"),
+        ([5, 6, 7, 8] * 5 + [9, 11, 12, 13], None),
+        ([5, 6, 7, 8], None),
+        ([5, 6, 7, 8] * 30, "A:0.5~linear:20"),
+        ([5, 6, 7, 8] * 3, None),
+    ]
+    load = functools.partial(tinydrug.load, folder, ctx=256, cache="f32", chunk=32, rewind_every=6)
+    with load() as keeps, load(prefix_reuse=False) as anew:
+        saved = 0
+        for prompt, drug in calls:
+            fed = count_steps(keeps)
+            found = keeps.generate(prompt, drug=drug, drug_seed=1, n=12, logprobs=1, ignore_eos=True)
+            saved += len(prompt) + 11 - fed()
+            expected = anew.generate(prompt, drug=drug, drug_seed=1, n=12, logprobs=1, ignore_eos=True)
+            assert found.logprobs == expected.logprobs and found.moved == expected.moved
+        assert saved > 0, "nothing was reused"
 
 
 def test_a_kept_session_of_a_wrapped_ring_starts_over(tmp_path):

@@ -4,6 +4,7 @@ sequences."""
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -74,6 +75,7 @@ class Runtime:
         self._call["sites"] = len(SITES)
         self._team = Team(self._call, threads)
         self._pace = Pace(threads)
+        weakref.finalize(self, self._team.close)
         d = padded(config.head_dim)
         widest = padded(max(config.hidden_size, config.intermediate_size, d))
         attention = 4 * d * (ROWS + 16) + 2 * partial_bytes(d) + 4096  # tiles, noisy values, partial results
@@ -122,7 +124,8 @@ class Runtime:
 
     def close(self) -> None:
         """Let the threads go; the next step would start them again."""
-        self._team.close()
+        with self._lock:
+            self._team.close()
 
     def profile(self, on: bool) -> None:
         """Start (from zero) or stop counting the cycles of every operation."""

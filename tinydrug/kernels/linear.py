@@ -140,7 +140,7 @@ def finish(acc, bias, onto, y, stride):
 
 
 def _linear(name, panel, panel_bytes, scale_bytes):
-    """The kernel of a format with panel_bytes of weights and scale_bytes of scales for 32 columns of a panel."""
+    """The kernel of a format: bytes of weights and of scales for 32 columns of a panel."""
 
     @inline
     def tile(zeros, w, p, x, x_stride, y, y_stride, onto):

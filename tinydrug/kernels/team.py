@@ -121,6 +121,7 @@ class Team:
         self._sync = aligned(PARKED + 8 * (threads + 8), np.uint8)
         call["sync"] = self._sync.ctypes.data
         self._locks: list[threading.Lock] = []
+        self._helpers: list[threading.Thread] = []
         self._pid = -1
 
     def run(self, threads: int) -> None:
@@ -131,20 +132,26 @@ class Team:
         serve(self._call.ctypes.data, 0, 0)
 
     def close(self) -> None:
-        """Let the helpers go."""
+        """Let the helpers go, and wait for it: one that lingered would join in the next team's work."""
         if self._pid == os.getpid():
             self._post(STOP)
-            self._pid = -1
+            for helper in self._helpers:
+                helper.join()
+            self._helpers, self._pid = [], -1
 
     def _start(self) -> None:
         self._sync[:] = 0
         self._locks = [threading.Lock() for _ in range(self.threads)]
-        for tid, lock in enumerate(self._locks):
+        for lock in self._locks:
             lock.acquire()
-            if tid:
-                threading.Thread(
-                    target=self._help, args=(tid, lock), daemon=True, name=f"tinydrug-{tid}"
-                ).start()
+        self._helpers = [
+            threading.Thread(
+                target=self._help, args=(tid, self._locks[tid]), daemon=True, name=f"tinydrug-{tid}"
+            )
+            for tid in range(1, self.threads)
+        ]
+        for helper in self._helpers:
+            helper.start()
         self._pid = os.getpid()
 
     def _help(self, tid: int, lock: threading.Lock) -> None:
