@@ -73,7 +73,7 @@ ALPHABET = ["<unk>", "<s>", "</s>", "Ġ", "Ċ", "Ã", "©", *map(chr, range(33, 
 
 
 def add_tokenizer(folder: Path, template: str | None = None) -> Path:
-    """A byte-level tokenizer of 96 ids without merges, one a character, BOS 1 and EOS 2, into a model folder."""
+    """A byte-level tokenizer of 96 ids, one a character, BOS 1 and EOS 2, into a model folder."""
     special = [
         {"id": i, "content": ALPHABET[i], "special": True, "normalized": False}
         | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)

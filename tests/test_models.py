@@ -258,7 +258,7 @@ NATIVE = {"F32": (1e-6, 1 - 1e-6), "F16": (1e-6, 1 - 1e-6), "BF16": (1e-6, 1 - 1
 
 
 def permuted(w: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a rotary projection as llama.cpp's converter puts them: the two halves of a head interleaved."""
+    """Rows of a rotary projection as the converter to GGUF puts them: halves of a head interleaved."""
     halves = w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:])
     return halves.swapaxes(1, 2).reshape(w.shape)
 

@@ -1,7 +1,7 @@
 """How many threads a decoding step uses: all, or one while the machine is busy with something else.
 
-Threads meet at barriers hundreds of times a token. When another process takes a core, all wait for the one that
-lost it, and two threads can be slower than one. The number changes no bit, so it is chosen by the clock.
+Threads meet at barriers hundreds of times a token. When another process takes a core, all wait for the one
+that lost it, and two threads can be slower than one. The number changes no bit, so the clock chooses it.
 """
 
 import math

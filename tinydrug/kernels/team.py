@@ -135,8 +135,8 @@ class Team:
         """Let the helpers go, and wait for it: one that lingered would join in the next team's work."""
         if self._pid == os.getpid():
             self._post(STOP)
-            for helper in self._helpers:
-                helper.join()
+            for thread in self._helpers:
+                thread.join()
             self._helpers, self._pid = [], -1
 
     def _start(self) -> None:
@@ -150,8 +150,8 @@ class Team:
             )
             for tid in range(1, self.threads)
         ]
-        for helper in self._helpers:
-            helper.start()
+        for thread in self._helpers:
+            thread.start()
         self._pid = os.getpid()
 
     def _help(self, tid: int, lock: threading.Lock) -> None:
