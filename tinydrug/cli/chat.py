@@ -52,9 +52,10 @@ class Chat:
         interrupted = False
         while True:
             try:
-                line = input(marks[0])
-                while line.endswith("\\"):
-                    line = f"{line[:-1]}\n{input(marks[1])}"
+                with self._talk.sobering():
+                    line = input(marks[0])
+                    while line.endswith("\\"):
+                        line = f"{line[:-1]}\n{input(marks[1])}"
             except EOFError:
                 to_stdout("\n")
                 return

@@ -252,6 +252,10 @@ def _parser() -> Parser:
     add("--drug-sink", type=whole(0), help="first positions that are never touched (default: 6; 0: none)")
     add("--drug-prompt", choices=("none", "last", "all"), metavar="WHICH",
         help="prompt tokens read under noise: none, last or all (default: none)")
+    add("--drug-protect-special", **on, help="never touch special tokens, such as a chat's markers")
+    add("--rewind-every", type=whole(0), default=420,
+        help="drugged tokens after which the cache is written anew without noise (default: 420; 0: never)")
+    add("--verify-noise", **on, help="print how far noise turned vectors, beside what it should")
     add(
         "--show-schedule", **on, help="print the noise of every layer and site, and how many vectors it moved"
     )

@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
                 if record:
                     record(completion.record.to_json())
         console.say(talk.summary(completion))
+        if args.verify_noise:
+            console.line(talk.verified(completion))
         if args.show_schedule:
             console.line(talk.moved())
         elif not completion.schedule.is_sober and not completion.moved:

@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from tinydrug.noise import SITES, Schedule
 SLOW = 1.0  # seconds after which compiling is worth a line
 CONTINUES = 128  # tokens at most, of a text that is continued
 ANSWERS = 512  # of an answer, which mostly ends by itself
+IDLE_ROWS = 16  # tokens read at once while waiting for a line: how long the line may have to wait
 
 
 def load_engine(args: argparse.Namespace, console: Console) -> Engine:
@@ -46,6 +48,7 @@ def load_engine(args: argparse.Namespace, console: Console) -> Engine:
         ctx=args.ctx_size,
         cache=args.cache_type,
         chunk=args.batch_size,
+        rewind_every=args.rewind_every,
         mmap=not args.no_mmap,
         check_tensors=args.check_tensors,
         pull=True if args.pull else None,
@@ -121,6 +124,7 @@ class Talk:
         self._answers += 1
         self.session.dose(self.session.schedule, seed)
         ids = self.engine.encode(prompt, self._wanted.template)
+        special = self.engine.tokenizer.special_ids if args.drug_protect_special else ()
         keep = len(ids) if args.keep == -1 else args.keep or 0
         with interruptible() as check:
 
@@ -137,6 +141,8 @@ class Talk:
                 stop=args.stop,
                 ignore_eos=args.ignore_eos,
                 logprobs=args.logprobs,
+                protect_ids=sorted(special),
+                verify=args.verify_noise,
                 shift_keep=keep if self.shifts else None,
                 progress=progress,
             )
@@ -164,6 +170,28 @@ class Talk:
         dosed = {dose.site for dose in schedule.doses if dose.peak * schedule.scale}
         parts = [f"{site} {count:,}" for site, count in counts if count or site in dosed]
         return f"vectors moved: {', '.join(parts) or 'none, sober'}"
+
+    def verified(self, completion: Completion) -> str:
+        """How far the noise turned vectors, site by site, beside theory."""
+        lines = [f"{'site':<6}{'vectors':>12}{'mean angle':>12}{'expected':>12}{'norm drift':>12}"]
+        for site, (vectors, angle, expected, drift) in completion.verified.items():
+            theory = "-" if expected is None else f"{expected:.4f}"
+            lines.append(f"{site:<6}{vectors:>12,}{angle:>12.4f}{theory:>12}{drift:>12.1e}")
+        return "\n".join(lines if completion.verified else ["no vector was moved"])
+
+    @contextmanager
+    def sobering(self) -> Iterator[None]:
+        """Meanwhile, write the cache anew without noise, a few rows at a time; stop when this ends."""
+        done = threading.Event()
+        worker = threading.Thread(target=self.session.sober_up, args=(done.is_set, IDLE_ROWS), daemon=True)
+        if self.session.rewind_every and self.session.dirty:
+            worker.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if worker.ident is not None:
+                worker.join()
 
 
 def speeds(completion: Completion) -> str:
