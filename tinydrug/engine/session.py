@@ -11,7 +11,7 @@ from tinydrug.engine.cache import RingCache
 from tinydrug.engine.doses import dose_table
 from tinydrug.engine.history import Noise, Write, cut, note
 from tinydrug.engine.runtime import Part, Runtime
-from tinydrug.errors import ContextOverflow, PromptError
+from tinydrug.errors import ConfigError, ContextOverflow, PromptError
 from tinydrug.formats.weights import padded
 from tinydrug.noise import SITES, SOBER, Schedule
 
@@ -212,7 +212,8 @@ class Session:
 
         They are fed anew, without noise, at their new positions: the same state as a prompt of those
         tokens gives."""
-        keep = min(keep, self.pos)
+        if keep >= self.pos:
+            raise ConfigError(f"a shift that keeps {keep} of {self.pos} tokens makes no room", "shift_keep")
         kept = self.ids[:keep] + self.ids[keep + (self.pos - keep + 1) // 2 :]
         self._forget()
         if kept:

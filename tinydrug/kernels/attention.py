@@ -169,7 +169,7 @@ def _attend(name, load_cell, cell):
                     call_values(dose_v.values, op, drawn_v, values, start + 16 * j, noisy_values, for_noise)
                     for c in range(0, d, 16):
                         o = tile_load(zeros, part + 128 + 4 * c, 4 * d)
-                        for i in range(16):
+                        for i in range(min(16, last - start - 16 * j + 1)):
                             v = load(noisy_values + 4 * (i * d + c))
                             o = tile_fma(o, v, scores + 64 * j + 4 * i, 256)
                         tile_store(o, part + 128 + 4 * c, 4 * d)
@@ -177,7 +177,8 @@ def _attend(name, load_cell, cell):
                 values = value_address(span, op, g, slot)
                 for c in range(0, d, 16):
                     o = tile_load(zeros, part + 128 + 4 * c, 4 * d)
-                    for i in range(16 * groups):
+                    # Not beyond the last position: 0 times what an earlier sequence left there may be NaN.
+                    for i in range(min(BLOCK, last - start + 1)):
                         o = tile_fma(o, load_cell(values + cell * (i * d + c)), scores + 4 * i, 256)
                     tile_store(o, part + 128 + 4 * c, 4 * d)
 
