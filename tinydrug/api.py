@@ -320,7 +320,7 @@ class Engine:
     def forward(self, ids: Sequence[int], drug: Drug = None, drug_seed: int | None = None) -> np.ndarray:
         """Logits (T, V) float32 at every position. With a drug, every position beyond the sink is read under
         noise."""
-        return np.concatenate([rows.copy() for rows in self._forward(ids, drug, drug_seed)])
+        return np.concatenate(list(self._forward(ids, drug, drug_seed)))
 
     def score(self, text: Prompt, drug: Drug = None, drug_seed: int | None = None) -> Score:
         """Log-probability of every token of a text given those before it. PromptError for fewer than two
@@ -339,7 +339,7 @@ class Engine:
 
     # --- inside ---------------------------------------------------------------------------------------------
     def _forward(self, ids, drug, drug_seed):
-        """Logits of all positions, a few at a time, each a view until the next."""
+        """Logits of all positions, a few at a time."""
         session = self.session(drug, drug_seed)
         ids = self.encode([int(token) for token in ids])
         session.check(ids)

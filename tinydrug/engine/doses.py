@@ -8,8 +8,6 @@ from tinydrug.noise import SITES, Schedule
 from tinydrug.noise.laws import LAWS
 from tinydrug.noise.time import RENEWALS
 
-LAW_OF = {choice.code: name for name, choice in LAWS.items()}
-
 
 def dose_table(schedule: Schedule, n_layers: int, cell: str) -> np.ndarray:
     """(L, sites) rows of DOSE. Kernels are compiled for the laws that are used, no others."""
@@ -21,7 +19,7 @@ def dose_table(schedule: Schedule, n_layers: int, cell: str) -> np.ndarray:
     wanders = given["renewal"] == RENEWALS["wander"][0]
     dosed = given["theta"] > 0
     for code, wandering in np.unique(np.stack([given["law"], wanders], -1)[dosed], axis=0):
-        law = KERNELS[LAW_OF[int(code)]][int(wandering)]
+        law = KERNELS[law_of(code)][int(wandering)]
         here = dosed & (given["law"] == code) & (wanders == wandering)
         for site in SITES.values():  # compile what will be used, no more
             column = here[:, site.code]
@@ -34,3 +32,8 @@ def dose_table(schedule: Schedule, n_layers: int, cell: str) -> np.ndarray:
             else:
                 table["rotate"][column, site.code] = law.rotate.address
     return table
+
+
+def law_of(code: int) -> str:
+    """The name of the law with this code; laws may be registered at any time."""
+    return next(name for name, choice in LAWS.items() if choice.code == code)

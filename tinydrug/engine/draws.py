@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tinydrug.engine.doses import LAW_OF, dose_table
+from tinydrug.engine.doses import dose_table, law_of
 from tinydrug.formats.config import Config
 from tinydrug.formats.weights import padded
 from tinydrug.kernels.memory import aligned
@@ -46,9 +46,8 @@ def draw(
     seed, cached = int(np.uint64(noise_seed).astype(np.int64)), int(site in ("K", "V"))
     drawn = DRAWN.rows()
     prepare_draw(drawn.ctypes.data, dose.ctypes.data, seed, code, head, step, step - born, cached)
-    law = KERNELS[LAW_OF[int(given["law"][layer, code])]][
-        int(given["renewal"][layer, code] == RENEWALS["wander"][0])
-    ]
+    wandering = given["renewal"][layer, code] == RENEWALS["wander"][0]
+    law = KERNELS[law_of(given["law"][layer, code])][int(wandering)]
     law.show(drawn.ctypes.data, position, components, out.ctypes.data)
     r = out[:components].reshape(-1, half_padded)[:, :half].reshape(width)
     return float(out[components]), r.astype(np.float64)

@@ -85,7 +85,7 @@ def _prefill(runtime, requests, progress) -> dict[int, np.ndarray]:
             size += len(parts[0][1].ids)
             step.append(parts.pop(0))
         rows = iter(runtime.step([part for _, part in step]))
-        logits |= {i: next(rows).copy() for i, part in step if part.outputs}
+        logits |= {i: next(rows) for i, part in step if part.outputs}
         done += size
         if progress:
             progress(done, total)
@@ -104,7 +104,5 @@ def _decode(runtime, requests, active) -> dict[int, np.ndarray]:
             if session.pos == runtime.n_ctx:
                 session.shift(requests[i].shift_keep)
         rows = runtime.step([Part(requests[i].session, requests[i].generated[-1:], True, 1) for i in group])
-        logits |= {
-            i: row if len(active) <= runtime.chunk else row.copy() for i, row in zip(group, rows, strict=True)
-        }
+        logits |= dict(zip(group, rows, strict=True))
     return logits

@@ -75,7 +75,7 @@ class Runtime:
         self._call["sites"] = len(SITES)
         self._team = Team(self._call, threads)
         self._pace = Pace(threads)
-        weakref.finalize(self, self._team.close)
+        weakref.finalize(self, self._team.dismiss)  # may run anywhere: it must not wait
         d = padded(config.head_dim)
         widest = padded(max(config.hidden_size, config.intermediate_size, d))
         attention = 4 * d * (ROWS + 16) + 2 * partial_bytes(d) + 4096  # tiles, noisy values, partial results
@@ -118,9 +118,9 @@ class Runtime:
         """Feed the parts, at most `chunk` tokens together -> logits (outputs, V) of the tokens asked for, in
         order.
 
-        The result is a view that the next step overwrites. Sessions are advanced."""
+        Sessions are advanced."""
         with self._lock:
-            return self._step(parts)
+            return self._step(parts).copy()  # the next step, perhaps another thread's, overwrites them
 
     def close(self) -> None:
         """Let the threads go; the next step would start them again."""

@@ -133,14 +133,19 @@ class Team:
 
     def close(self) -> None:
         """Let the helpers go, and wait for it: one that lingered would join in the next team's work."""
+        helpers = self._helpers
+        self.dismiss()
+        for thread in helpers:
+            thread.join()
+
+    def dismiss(self) -> None:
+        """Let the helpers go without waiting: for a team that will not work again."""
         if self._pid == os.getpid():
             self._post(STOP)
-            for thread in self._helpers:
-                thread.join()
-            self._helpers, self._pid = [], -1
+        self._helpers, self._pid = [], -1
 
     def _start(self) -> None:
-        self._sync[:] = 0
+        self._sync[:] = 0  # nobody else looks at it: `close` has waited, and a forked child is alone
         self._locks = [threading.Lock() for _ in range(self.threads)]
         for lock in self._locks:
             lock.acquire()
