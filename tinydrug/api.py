@@ -53,6 +53,8 @@ class Options:
     progress: Callable[[int, int], None] | None = None  # called with prompt tokens read, and all of them
 
     def __post_init__(self):
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
         for name, flag, least in (
             ("n", "--n-predict", 0),
             ("shift_keep", "--keep", 0),

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from tinydrug.api import Engine
-from tinydrug.engine.cache import RingCache
+from tinydrug.engine.cache import RingCache, slots_needed
 from tinydrug.engine.runtime import REWIND_EVERY, Runtime
 from tinydrug.engine.threads import check_threads
 from tinydrug.errors import BadModelFile, ConfigError
 from tinydrug.formats.checkpoint import Checkpoint, open_checkpoint
 from tinydrug.formats.config import Config, Fields
-from tinydrug.formats.weights import QUANTS, Need, Weights, check, packed_bytes
+from tinydrug.formats.weights import QUANTS, Need, Weights, check, packed_bytes, padded
 from tinydrug.hub import resolve
 from tinydrug.models import find_model
 from tinydrug.text.tokenizer import load_tokenizer
@@ -86,6 +86,7 @@ def load(
     tokenizer = load_tokenizer(checkpoint)
     architecture, config, needs, tensors = _understand(checkpoint)
     n_ctx = _context(ctx, config)
+    _check_room(config, n_ctx, slots_needed(n_ctx, config.sliding_window, chunk, rewind_every), cache)
     if check_tensors:
         _check_finite(needs, tensors)
     _check_memory(_weight_bytes(needs, tensors, quant), quant, checkpoint.path)
@@ -170,13 +171,28 @@ def _weight_bytes(needs: dict[str, Need], tensors, quant: str) -> int:
 
 def _check_memory(needed: int, quant: str, path) -> None:
     """Refuse what cannot fit the machine at all; less is the system's to manage."""
-    try:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return
-    if needed > total:
+    if needed > (total := _memory()):
         raise ConfigError(
             f"{path}: the weights take {needed / 1e9:.1f} GB with --quant {quant}, and this machine has "
             f"{total / 1e9:.1f}: try --quant q4",
             "quant",
         )
+
+
+def _check_room(config: Config, n_ctx: int, slots: int, cache: str) -> None:
+    """Refuse a context whose cache and rotary table cannot fit the machine at all."""
+    needed = RingCache.nbytes(config, slots, cache) + 4 * n_ctx * padded(config.head_dim)
+    if needed > (total := _memory()):
+        raise ConfigError(
+            f"--ctx-size: {n_ctx} tokens take {needed / 1e9:.1f} GB of cache, and this machine has "
+            f"{total / 1e9:.1f}",
+            "ctx",
+        )
+
+
+def _memory() -> float:
+    """Bytes of memory of this machine; infinite where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return float("inf")

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from tinydrug.errors import ConfigError
+from tinydrug.kernels.team import MAX_THREADS
 
 
 def available_threads(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -19,7 +20,7 @@ def available_threads(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
             cores = min(cores, math.floor(int(quota) / int(period)))
     except (OSError, ValueError):
         pass  # no control groups, no quota
-    return max(1, cores)
+    return max(1, min(cores, MAX_THREADS))
 
 
 def check_threads(threads: int | None) -> int:

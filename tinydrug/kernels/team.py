@@ -27,10 +27,11 @@ from tinydrug.kernels.vectors import (
 )
 
 # Byte offsets in the team's memory, each on a cache line of its own.
-JOB, ARRIVED, GENERATION, CLAIMED, PARKED = 0, 64, 128, 192, 256
+JOB, ARRIVED, GENERATION, CLAIMED, DONE, PARKED = 0, 64, 128, 192, 256, 320
 SPIN = 3000  # pauses before yielding at a barrier: about 80 microseconds
 LINGER = 100_000  # pauses a helper waits for the next step before it sleeps: about 3 milliseconds
 STOP = 255
+MAX_THREADS = 62  # helpers are bits of one 64-bit word
 call_operation = call_at(OPERATION)
 
 
@@ -98,6 +99,7 @@ def serve(call, tid, job):
         if tid < n:
             forward(call, tid, n)
         if tid == 0:
+            atomic_store(sync + DONE, job)
             return job
 
 
@@ -122,14 +124,21 @@ class Team:
         call["sync"] = self._sync.ctypes.data
         self._locks: list[threading.Lock] = []
         self._helpers: list[threading.Thread] = []
+        self._asleep = 0  # bit i: helper i sleeps and must be woken
         self._pid = -1
 
     def run(self, threads: int) -> None:
         """One forward pass over what the call table says, by this many of the team's threads."""
         if self._pid != os.getpid():
             self._start()
-        self._post(threads)
-        serve(self._call.ctypes.data, 0, 0)
+        words = self._sync.view(np.int64)
+        try:
+            self._post(threads)
+            serve(self._call.ctypes.data, 0, 0)
+        finally:  # Ctrl-C may come when helpers have begun and this thread has not: its share must be done
+            self._wake()
+            if words[JOB // 8] != words[DONE // 8]:
+                serve(self._call.ctypes.data, 0, 0)
 
     def close(self) -> None:
         """Let the helpers go, and wait for it: one that lingered would join in the next team's work."""
@@ -146,7 +155,7 @@ class Team:
 
     def _start(self) -> None:
         self._sync[:] = 0  # nobody else looks at it: `close` has waited, and a forked child is alone
-        self._locks = [threading.Lock() for _ in range(self.threads)]
+        self._locks, self._asleep = [threading.Lock() for _ in range(self.threads)], 0
         for lock in self._locks:
             lock.acquire()
         self._helpers = [
@@ -165,7 +174,12 @@ class Team:
             lock.acquire()
 
     def _post(self, n: int) -> None:
-        asleep = post(self._sync.ctypes.data, n, len(self._locks) - 1)
-        for tid, lock in enumerate(self._locks):
-            if asleep >> tid & 1:
-                lock.release()
+        self._asleep |= post(self._sync.ctypes.data, n, len(self._locks) - 1)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Wake who sleeps; done again after an interruption, it goes on where it was."""
+        while self._asleep:
+            tid = self._asleep.bit_length() - 1
+            self._asleep ^= 1 << tid
+            self._locks[tid].release()
