@@ -584,7 +584,7 @@ except KeyboardInterrupt:
 
 
 def test_an_interrupted_step_does_not_spoil_the_next_nor_the_end(folder):
-    """Ctrl-C after the helpers were told to begin, before the caller did: they must not wait for it for ever."""
+    """Ctrl-C after the helpers were told to begin, before the caller did: they must not wait for ever."""
     done = python(INTERRUPTED, str(folder))
     assert (done.stdout, done.stderr, done.returncode) == ("1 True\nclosed\n", "", 0)
 
@@ -599,7 +599,7 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 assert threading.active_count() == 1 and dict(os.environ) == environment
 tinydrug.Schedule.parse("V:0.05")
 assert "numba" not in sys.modules
-import tinydrug.api, tinydrug.load
+import tinydrug.api, tinydrug.loading
 assert threading.active_count() == 1 and dict(os.environ) == environment
 assert not text & set(sys.modules), text & set(sys.modules)
 from tinydrug.kernels import attention, jit, linear, noise, team

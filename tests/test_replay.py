@@ -17,7 +17,9 @@ from engines import add_tokenizer, edited
 
 import tinydrug
 from tinydrug import Record, Sampling, Schedule
-from tinydrug.cli import main
+from tinydrug.cli import inputs, main
+from tinydrug.cli.console import Console
+from tinydrug.cli.options import parse
 from tinydrug.errors import ConfigError, TinydrugError
 
 DRUG = "H:0.2,K:0.6,V:0.6,A:0.4"
@@ -87,7 +89,7 @@ OPTIONS = {
     "protected": {"drug": f"{DRUG},prompt=all", "protect": list(np.array([8, 9])), "protect_ids": [71]},
     "verified": {"drug": DRUG, "verify": True},
     "stopped by text": {"stop": ["e", "st"], "sampling": TIRED, "n": 60},
-    "stopped by a single text": {"stop": ("Q",), "sampling": TIRED, "n": 60},
+    "stopped by a single text": {"stop": "ee", "sampling": TIRED, "n": 60},
     "until the end": {
         "sampling": Sampling(logit_bias={2: 4.0}, temperature=1.0),
         "ignore_eos": False,
@@ -218,6 +220,24 @@ def test_a_record_of_a_ring_that_has_wrapped(tmp_path):
         assert second.record.history
         assert_replays(first, engine)
         assert_replays(second, engine)
+
+
+def test_a_ring_too_small_for_a_history_is_refused(tmp_path):
+    """Rows far behind were written anew: a shorter ring no longer holds what they saw."""
+    folder, drug = add_tokenizer(tiny.build("mistral-window", tmp_path)), "V:0.9,A:0.9"
+    options = {"ctx": 512, "rewind_every": 0}
+    with (
+        tinydrug.load(folder, chunk=100, **options) as large,
+        tinydrug.load(folder, chunk=16, **options) as small,
+    ):
+        kept = large.session(drug, 1)
+        first = streamed(large, kept, [5] * 60, n=51, ignore_eos=True)
+        kept.sober_up(iter([False, True]).__next__, 4)
+        done = streamed(large, kept, [*first.prompt_ids, *first.ids, 6], n=9, ignore_eos=True)
+        assert [(w.first, w.last) for w in done.record.history] == [(60, 110), (60, 64)]
+        assert_replays(done, large)
+        with pytest.raises(ConfigError, match="64 slots are too few"):
+            small.replay(done.record)
 
 
 # --- what cannot be replayed
@@ -735,6 +755,32 @@ def test_bad_words(here, folder):
     ):
         out, said = here(*words, status=2)
         assert not out and len(said.splitlines()) == 1 and expected in said
+
+
+def test_an_answer_of_a_chat_is_recorded_on_request(engine, tmp_path, capsys):
+    from tinydrug.cli.chat import Chat
+    from tinydrug.cli.talk import Talk
+
+    args = parse(["-no-cnv", "-n", "6", "--drug", DRUG, "--ignore-eos", "-s", "3"])
+    path = tmp_path / "answer.json"
+    with Console(color="never") as console:
+        chat = Chat(Talk(args, inputs.read(args), engine, console), console)
+        chat._command(f"/record {path}")
+        assert chat._turn("Tell me") and chat._turn("")
+        chat._command("/record")
+        chat._command(f"/record {path}")
+    said = capsys.readouterr().err
+    assert "error: /record: nothing is answered yet\n" in said
+    assert "error: /record FILE: the name is missing\n" in said
+    record = Record.load(path)
+    assert record.history and len(record.prompt_ids) == 7 + 6  # the second went on where the first ended
+    assert engine.replay(record).ids == record.ids
+
+
+def test_a_chat_is_not_recorded_by_a_flag(here, folder, monkeypatch):
+    monkeypatch.setattr(inputs, "is_interactive", lambda args: True)
+    said = here("-m", folder, "--record", "x", status=2).err
+    assert said == "error: --record is for one answer: in a chat, /record FILE keeps the last\n"
 
 
 def test_the_command_replays_smollm2(command, smollm2, tmp_path):

@@ -12,9 +12,9 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
-    "load": "load",
-    "inspect": "load",
-    "Inspection": "load",
+    "load": "loading",
+    "inspect": "loading",
+    "Inspection": "loading",
     "Engine": "api",
     "Stream": "api",
     "Step": "api",

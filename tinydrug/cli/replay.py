@@ -77,4 +77,5 @@ def _flags(args: argparse.Namespace, record: Record) -> argparse.Namespace:
         name = model["source"] if os.path.exists(model["source"]) else model["name"]
     words = [f"--model={name}", f"--quant={model['quant']}", f"--cache-type={model['cache']}"]
     words += [f"--ctx-size={model['n_ctx']}", f"--threads={args.threads}"]
+    words += [f"--rewind-every={record.rewind_every}", f"--batch-size={record.made_by.get('chunk', 512)}"]
     return parse(words + [flag for flag in ("--pull", "--offline") if getattr(args, flag[2:])])

@@ -12,7 +12,7 @@ from dataclasses import replace
 from tinydrug.api import MAX_SEED, Completion, Engine, Prompt, Step
 from tinydrug.cli.console import Console
 from tinydrug.cli.inputs import Inputs, read_schedule
-from tinydrug.load import load
+from tinydrug.loading import load
 from tinydrug.noise import SITES, Schedule
 
 SLOW = 1.0  # seconds after which compiling is worth a line

@@ -134,7 +134,7 @@ class Session:
         self._written = max(self._written, self.pos)
         noisy = drugged and first < self.pos and self.doses["theta"].any()
         if not drugged:
-            self.born = self.pos
+            self.born = max(self.born, self.pos)  # later, if the rest of this prompt is drugged
         elif noisy:
             if self.spans and self.spans[-1][1] == first:
                 first = self.spans.pop()[0]
@@ -204,6 +204,7 @@ class Session:
                 f"cannot rewind {n} tokens: {self.cache.slots} slots no longer hold what came before"
             )
         del self.ids[pos:]
+        self.born = min(self.born, pos)
         self._trim()
 
     def shift(self, keep: int) -> None:
@@ -212,12 +213,15 @@ class Session:
 
         They are fed anew, without noise, at their new positions: the same state as a prompt of those
         tokens gives."""
-        if keep >= self.pos:
+        if keep >= self.pos == self.runtime.n_ctx:
             raise ConfigError(f"a shift that keeps {keep} of {self.pos} tokens makes no room", "shift_keep")
+        keep = min(keep, self.pos)
+        age = self.pos - self.born
         kept = self.ids[:keep] + self.ids[keep + (self.pos - keep + 1) // 2 :]
         self._forget()
         if kept:
             self.feed(kept)
+        self.born = self.pos - age  # ramps go on
 
     def reset(self) -> None:
         """An empty sequence; doses stay, counters start anew."""
@@ -226,6 +230,7 @@ class Session:
 
     def _forget(self) -> None:
         self.ids, self.spans, self._clean, self.history, self._written = [], [], None, [], 0
+        self.born = 0
 
     # --- the same state elsewhere -----------------------------------------------------------------------
     def fork(self) -> "Session":
@@ -247,12 +252,17 @@ class Session:
 
     def retrace(self, ids: Sequence[int], history: Sequence[Write]) -> None:
         """Read tokens into an empty sequence as another one did whose history this is: every bit is what it
-        was there. Leaves that noise behind."""
+        was there. Leaves that noise behind. ConfigError if a smaller ring than there cannot do it."""
         sober = history[0].first if history else len(ids)
         if sober:
             self.feed(ids[:sober], outputs=0)
         for write in history:
             if write.first < self.pos:
+                if self._lost(write.first):
+                    raise ConfigError(
+                        f"{self.cache.slots} slots are too few for this history: load with a larger chunk",
+                        "chunk",
+                    )
                 self._clean = write.first
                 while self.clean < write.last:
                     self._rewrite(min(self._clean + self.runtime.chunk, write.last))

@@ -80,7 +80,15 @@ class _Cache:
                 payload = pickle.load(file)
             target_context.refresh()
             return compiler.CompileResult._rebuild(target_context, *payload)
-        except (OSError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
+        except (
+            OSError,
+            TypeError,
+            ValueError,
+            EOFError,
+            AttributeError,
+            ImportError,
+            pickle.UnpicklingError,
+        ):
             return None  # no folder (path is None), no file, or a damaged one: compile
 
     def save_overload(self, signature, result):

@@ -31,7 +31,6 @@ JOB, ARRIVED, GENERATION, CLAIMED, DONE, PARKED = 0, 64, 128, 192, 256, 320
 SPIN = 3000  # pauses before yielding at a barrier: about 80 microseconds
 LINGER = 100_000  # pauses a helper waits for the next step before it sleeps: about 3 milliseconds
 STOP = 255
-MAX_THREADS = 62  # helpers are bits of one 64-bit word
 call_operation = call_at(OPERATION)
 
 

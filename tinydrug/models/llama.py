@@ -93,18 +93,17 @@ def needs(c: Config, gguf: bool) -> dict[str, Need]:
         "up_proj": Need("", (F, D)),
         "down_proj": Need("", (D, F)),
     }
+    attention, mlp = list(matrices)[:4], list(matrices)[4:]
+    biased = dict.fromkeys(attention, c.attention_bias) | dict.fromkeys(mlp, c.mlp_bias)
     norm = Need("", (D,), role="vector")
     out = {"embed": Need(f"{names['embed']}.weight", (c.vocab_size, D), fine=True)}
     for i in range(c.n_layers):
-        for name in ("attn_norm", *list(matrices)[:4], "mlp_norm", *list(matrices)[4:]):
+        for name in ("attn_norm", *attention, "mlp_norm", *mlp):
             source = names[name].format(i=i)
-            biased = (
-                (c.mlp_bias if F in (matrices[name].shape) else c.attention_bias)
-                if name in matrices
-                else False
-            )
             out[f"{i}.{name}"] = replace(
-                matrices.get(name, norm), source=f"{source}.weight", bias=f"{source}.bias" if biased else None
+                matrices.get(name, norm),
+                source=f"{source}.weight",
+                bias=f"{source}.bias" if biased.get(name) else None,
             )
     out["norm"] = replace(norm, source=f"{names['norm']}.weight")
     out["lm_head"] = (
