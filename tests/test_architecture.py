@@ -13,7 +13,7 @@ from tinydrug.noise import SITES
 
 PACKAGE = Path(tinydrug.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-RANKS = ["kernels", "formats", "noise", "models", "engine", "text", "hub", "api", "load"]
+RANKS = ["kernels", "formats", "noise", "models", "engine", "text", "hub", "api", "loading"]
 TOP = ["cli", "server", "lab", "__main__"]  # on all of these, and never on each other
 HEAVY = {"tokenizers", "sentencepiece", "jinja2", "gguf", "huggingface_hub", "safetensors"}
 
