@@ -134,7 +134,9 @@ def test_json_lines(command, spoken):
     for i, token in enumerate(tokens):
         logprobs = [one["logprob"] for one in token["top"]]
         assert token["index"] == i and len(logprobs) == 3 and logprobs == sorted(logprobs, reverse=True)
-        assert token["logprob"] <= logprobs[0] < 0 and len(token["top"][0]["text"]) == 1
+        assert token["logprob"] <= logprobs[0] < 0
+        likeliest = token["top"][0]["text"]  # of whatever seed this run drew
+        assert len(likeliest) == 1 or likeliest in ("<unk>", "<s>", "</s>")
     assert done["prompt"] == "s:be;u:hello;a:" and len(done["prompt_ids"]) == len(done["prompt"])
     assert done["finish_reason"] == "length" and done["drug"] == "sober" and done["moved"] == {}
     assert done["timings"].keys() >= {"load_s", "compile_s", "prefill_s", "decode_s"}
