@@ -15,7 +15,9 @@ from tinydrug.models import find_model
 from tinydrug.noise import SOBER, Schedule
 
 
-def runtime(path, quant="none", threads=2, n_ctx=None, cell="f32", chunk=128, rewind_every=0) -> Runtime:
+def runtime(
+    path, quant="none", threads=2, n_ctx=None, cell="f32", features=None, chunk=128, rewind_every=0
+) -> Runtime:
     """A runtime for a checkpoint, without what `load` adds: no tokenizer, any number of threads."""
     checkpoint = open_checkpoint(path)
     architecture = find_model(checkpoint.config, path)
@@ -31,6 +33,7 @@ def runtime(path, quant="none", threads=2, n_ctx=None, cell="f32", chunk=128, re
         threads=threads,
         n_ctx=n_ctx or config.max_seq_len,
         cell=cell,
+        features=features,
         chunk=chunk,
         rewind_every=rewind_every,
     )

@@ -27,7 +27,7 @@ def program(tiny_model):
 
 # --- who touches what: written from what each kernel says it does, not from how the program calls its split
 
-OWN_ROWS = ("rms_norm", "layer_norm", "silu_mul", "gelu_tanh", "gelu_erf", "quantise", "noise_rows")
+OWN_ROWS = ("rms_norm", "layer_norm", "silu_mul", "gelu_tanh", "gelu_erf", "quantise", "noise_rows", "drift")
 OWN_TOKENS = ("embed", "add_position")
 OWN_HEADS = ("rope", "noise_heads", "write_cache")
 

@@ -19,7 +19,7 @@ from tinydrug.engine.sampling import Sampler, Sampling, log_softmax
 from tinydrug.engine.session import Session
 from tinydrug.errors import ConfigError, NumericalError, PromptError
 from tinydrug.formats.config import Config
-from tinydrug.noise import SITES, SOBER, Schedule
+from tinydrug.noise import COUNTED, SOBER, Schedule
 from tinydrug.noise.theory import expected_angles
 from tinydrug.text.chat import named_template, render
 from tinydrug.text.detokenizer import Detokenizer, StopStrings
@@ -464,8 +464,8 @@ def _completions(requests, outs, moved, start: float, first: float) -> list[Comp
             drug_seed=request.session.noise_seed % MAX_SEED,
             seed=request.sampler.seed,
             moved={
-                site.letter: int(after - before)
-                for site, after, before in zip(SITES.values(), request.session.moved, was, strict=True)
+                name: int(after - before)
+                for name, after, before in zip(COUNTED, request.session.moved, was, strict=True)
                 if after > before
             },
             verified=_verified(request.session),

@@ -19,6 +19,7 @@ from tinydrug.formats.config import Config, Fields
 from tinydrug.formats.weights import QUANTS, Need, Weights, check, packed_bytes, padded
 from tinydrug.hub import resolve
 from tinydrug.models import find_model
+from tinydrug.models.features import Features
 from tinydrug.text.tokenizer import load_tokenizer
 
 log = logging.getLogger("tinydrug")
@@ -45,6 +46,10 @@ def load(
     threads: int | None = None,
     ctx: int | None = None,
     cache: str = "f16",
+    attention: str = "softmax",
+    features: int | None = None,
+    feature_seed: int = 0,
+    state: str = "f32",
     chunk: int = 512,
     rewind_every: int = REWIND_EVERY,
     prefix_reuse: bool = True,
@@ -61,6 +66,8 @@ def load(
     quant: none (as the file has it), f32, q8 or q4. threads: None for all this process may use. ctx:
     tokens of context, 0 or None for the model's own. cache: f16 or f32. chunk: prompt tokens fed at once.
     rewind_every: drugged tokens after which the cache is written anew without noise, 0 for never.
+    attention: softmax, or srf: estimated by so many random features (None: as many as a head is wide), drawn
+    from feature_seed, with a recurrent state, f32 or f16, in place of the cache; for models tuned to it.
     prefix_reuse: keep the last sequence's cache, for a next prompt that begins like it.
     pull, offline, ask, bars: how a model that is not on disk is come by (hub.resolve). progress(phase,
     share) is called for "load" and "compile".
@@ -75,6 +82,12 @@ def load(
         )
     if cache not in ("f16", "f32"):
         raise ConfigError(f"--cache-type: {cache!r} is not f16 or f32", "cache")
+    if attention not in ("softmax", "srf"):
+        raise ConfigError(f"--attention: {attention!r} is not softmax or srf", "attention")
+    if state not in ("f32", "f16"):
+        raise ConfigError(f"--state-type: {state!r} is not f32 or f16", "state")
+    if attention == "softmax" and (features, feature_seed, state) != (None, 0, "f32"):
+        raise ConfigError("--features, --feature-seed and --state-type need --attention srf", "attention")
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ConfigError(f"--batch-size: {chunk!r} is not a number of tokens of at least 1", "chunk")
     threads = check_threads(threads)
@@ -86,7 +99,11 @@ def load(
     tokenizer = load_tokenizer(checkpoint)
     architecture, config, needs, tensors = _understand(checkpoint)
     n_ctx = _context(ctx, config)
-    _check_room(config, n_ctx, slots_needed(n_ctx, config.sliding_window, chunk, rewind_every), cache)
+    random = None if attention == "softmax" else _features(features, feature_seed, config)
+    slots = 0 if random else slots_needed(n_ctx, config.sliding_window, chunk, rewind_every)
+    _check_room(config, n_ctx, slots, cache)
+    if random:
+        _check_features(config, random.m, min(chunk, n_ctx))
     if check_tensors:
         _check_finite(needs, tensors)
     _check_memory(_weight_bytes(needs, tensors, quant), quant, checkpoint.path)
@@ -98,7 +115,8 @@ def load(
         architecture,
         threads=threads,
         n_ctx=n_ctx,
-        cell=cache,
+        cell=state if random else cache,
+        features=random,
         chunk=min(chunk, n_ctx),
         rewind_every=rewind_every,
         progress=progress and (lambda share: progress("compile", share)),
@@ -132,7 +150,7 @@ def _understand(checkpoint: Checkpoint):
     config = architecture.config(Fields(checkpoint.config, checkpoint.path), tensors)
     needs = architecture.needs(config, checkpoint.metadata is not None)
     check(needs, tensors, checkpoint.path)
-    used = {name for need in needs.values() for name in (need.source, need.bias)}
+    used = {name for need in needs.values() for name in need.names}
     extra = [name for name in tensors if name not in used and not name.endswith(architecture.IGNORED)]
     if extra:
         log.warning("%s: %d tensors are not used: %s", checkpoint.path, len(extra), ", ".join(extra[:5]))
@@ -156,9 +174,21 @@ def _context(ctx: int | None, config: Config) -> int:
     return ctx
 
 
+def _features(m: int | None, seed: int, config: Config) -> Features:
+    """The random features of srf attention, with a warning: what they cost in fidelity."""
+    features = Features(config.head_dim if m is None else m, seed)
+    log.warning(
+        "srf attention estimates softmax by %d random features: a model not fine-tuned for it talks nonsense "
+        "(of queries and keys from N(0, 1), 64 wide, weights are off by 0.56 in total variation with 64 "
+        "features, by 0.49 with 256, by 0.43 with 1024; uniform ones by 0.36)",
+        features.m,
+    )
+    return features
+
+
 def _check_finite(needs: dict[str, Need], tensors) -> None:
     """BadModelFile naming the first tensor with a NaN or an infinity."""
-    for name in dict.fromkeys(name for need in needs.values() for name in (need.source, need.bias) if name):
+    for name in dict.fromkeys(name for need in needs.values() for name in need.names):
         bad = np.count_nonzero(~np.isfinite(tensors[name].float32()))
         if bad:
             raise BadModelFile(tensors[name].path, f"{bad} values are NaN or infinite", name)
@@ -187,6 +217,18 @@ def _check_room(config: Config, n_ctx: int, slots: int, cache: str) -> None:
             f"--ctx-size: {n_ctx} tokens take {needed / 1e9:.1f} GB of cache, and this machine has "
             f"{total / 1e9:.1f}",
             "ctx",
+        )
+
+
+def _check_features(config: Config, m: int, chunk: int) -> None:
+    """Refuse features whose directions, two states and weights of a chunk cannot fit the machine."""
+    c, d = config, padded(config.head_dim)
+    floats = c.n_layers * (d + 2 * c.n_kv_heads * (d + 2)) + chunk * (c.n_heads + 3 * c.n_kv_heads)
+    if (needed := 4 * m * floats) > (total := _memory()):
+        raise ConfigError(
+            f"--features: {m} take {needed / 1e9:.1f} GB with --batch-size {chunk}, and this machine has "
+            f"{total / 1e9:.1f}",
+            "features",
         )
 
 

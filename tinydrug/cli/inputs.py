@@ -23,8 +23,9 @@ class Inputs:
 
 def read(args: argparse.Namespace) -> Inputs:
     """DrugError, ConfigError or PromptError naming the flag."""
+    doses = read_schedule(args, args.drug if args.drug_file is None else load_schedule(args.drug_file))
     return Inputs(
-        schedule=read_schedule(args, args.drug if args.drug_file is None else load_schedule(args.drug_file)),
+        schedule=Schedule.parse(doses, drift=args.drift, diffusion=args.diffusion),
         sampling=_sampling(args),
         template=_template(args.chat_template),
         system=None if args.system_prompt is None else _given(args.system_prompt, "--system-prompt"),
@@ -61,7 +62,8 @@ def read_prompt(args: argparse.Namespace) -> str | None:
 def idle_flags(args: argparse.Namespace) -> list[str]:
     """Warnings about flags that have no effect without another."""
     greedy = args.temp == 0
-    undosed = not args.drug and args.drug_file is None and not is_interactive(args)
+    drugged = args.drug or any(vars(args)[name] is not None for name in ("drug_file", "drift", "diffusion"))
+    undosed = not drugged and not is_interactive(args)
     cuts = {"--top-k": args.top_k != 0, "--top-p": args.top_p != 1, "--min-p": args.min_p != 0}
     drugs = {f"--drug-{name}": vars(args)[f"drug_{name}"] is not None for name in ("scale", "sink", "prompt")}
     return [

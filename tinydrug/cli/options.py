@@ -25,7 +25,14 @@ TEXT_FLAGS = {  # their value is the next word whatever it is, so that it may be
     "-sys": "--system-prompt",
     **{
         flag: flag
-        for flag in ("--prompt", "--stop", "--reverse-prompt", "--system-prompt", "--chat-template")
+        for flag in (
+            "--prompt",
+            "--stop",
+            "--reverse-prompt",
+            "--system-prompt",
+            "--chat-template",
+            "--drift",
+        )
     },
 }
 ELSEWHERE = {  # what people try, and what it is called here
@@ -185,6 +192,12 @@ def _parser() -> Parser:
     add("-c", "--ctx-size", type=whole(0), default=0, help="context in tokens (default: 0, the model's own)")
     add("--cache-type", choices=("f16", "f32"), default="f16", metavar="KIND",
         help="numbers of the key-value cache: f16 or f32 (default: f16)")
+    add("--attention", choices=("softmax", "srf"), default="softmax", metavar="KIND",
+        help="softmax, or srf: estimated by random features, for models tuned to it (default: softmax)")
+    add("--features", type=whole(1), help="of srf: how many (default: as many as a head is wide)")
+    add("--feature-seed", type=whole(0), default=0, help="of srf: what they are drawn from (default: 0)")
+    add("--state-type", choices=("f32", "f16"), default="f32", metavar="KIND",
+        help="of srf: numbers of the state it has in place of a cache: f32 or f16 (default: f32)")
     add("-b", "--batch-size", type=whole(1), default=512, help="prompt tokens read at once (default: 512)")
     add("-t", "--threads", type=whole(-1), default=-1, help="threads (default: -1, all this process may use)")
     add("--no-mmap", **on, help="copy the file into memory instead of mapping it")
@@ -246,6 +259,9 @@ def _parser() -> Parser:
     add("--drug", action="append", metavar="SPEC",
         help="[L2|NL]SITE[n]:THETA[@WHERE][~LAW], SITE one of H Q pK K V A M, THETA in radians or 3deg, "
         "WHERE layers 8-15 or depth 0.3..0.5; several by commas or flags")
+    add("--drift", metavar="SHARE", help="add this share of attention's output to it: 0.2, -0.5@8-15")
+    add("--diffusion", metavar="STD", help="add normal noise of this size to attention's output: 0.1, "
+        "0.1@0.3..0.5; learned: of the sizes a dd-gpt2 brings; off (default: off)")
     add("--drug-file", metavar="FILE", help="the same from .toml (profiles, too) or .csv")
     add("--drug-seed", type=whole(-1), default=-1, help="of the noise (default: -1, that of --seed)")
     add("--drug-scale", type=real, metavar="X", help="multiply every theta (default: 1; 0: sober)")

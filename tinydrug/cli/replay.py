@@ -75,7 +75,10 @@ def _flags(args: argparse.Namespace, record: Record) -> argparse.Namespace:
     name = args.model
     if name is None:
         name = model["source"] if os.path.exists(model["source"]) else model["name"]
-    words = [f"--model={name}", f"--quant={model['quant']}", f"--cache-type={model['cache']}"]
+    words = [f"--model={name}", f"--quant={model['quant']}"]
+    if features := model.get("features"):
+        words += ["--attention=srf", f"--features={features['m']}", f"--feature-seed={features['seed']}"]
+    words.append(f"--{'state' if features else 'cache'}-type={model['cache']}")
     words += [f"--ctx-size={model['n_ctx']}", f"--threads={args.threads}"]
     words += [f"--rewind-every={record.rewind_every}", f"--batch-size={record.made_by.get('chunk', 512)}"]
     return parse(words + [flag for flag in ("--pull", "--offline") if getattr(args, flag[2:])])

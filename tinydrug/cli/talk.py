@@ -13,7 +13,7 @@ from tinydrug.api import MAX_SEED, Completion, Engine, Prompt, Step
 from tinydrug.cli.console import Console
 from tinydrug.cli.inputs import Inputs, read_schedule
 from tinydrug.loading import load
-from tinydrug.noise import SITES, Schedule
+from tinydrug.noise import COUNTED, Schedule
 
 SLOW = 1.0  # seconds after which compiling is worth a line
 CONTINUES = 128  # tokens at most, of a text that is continued
@@ -47,6 +47,10 @@ def load_engine(args: argparse.Namespace, console: Console) -> Engine:
         threads=None if args.threads < 0 else args.threads,
         ctx=args.ctx_size,
         cache=args.cache_type,
+        attention=args.attention,
+        features=args.features,
+        feature_seed=args.feature_seed,
+        state=args.state_type,
         chunk=args.batch_size,
         rewind_every=args.rewind_every,
         mmap=not args.no_mmap,
@@ -166,8 +170,9 @@ class Talk:
 
     def moved(self) -> str:
         """How many vectors the noise has really moved so far, by site, the dosed ones even if none."""
-        schedule, counts = self.session.schedule, zip(SITES, self.session.moved, strict=True)
+        schedule, counts = self.session.schedule, zip(COUNTED, self.session.moved, strict=True)
         dosed = {dose.site for dose in schedule.doses if dose.peak * schedule.scale}
+        dosed |= {term.name for term in schedule.terms if term.peak * schedule.scale}
         parts = [f"{site} {count:,}" for site, count in counts if count or site in dosed]
         return f"vectors moved: {', '.join(parts) or 'none, sober'}"
 

@@ -32,9 +32,37 @@ class RingCache:
         self.keys = aligned((L, G, slots // 16, d, 16), CELLS[cell], huge=False)
         self.values = aligned((L, G, slots, d), CELLS[cell], huge=False)
 
+    def begin(self, start: int, noisy: bool, again: bool) -> tuple[int, int]:
+        """A step is about to write rows from this position on, under noise or not; again: which are there ->
+        addresses of keys and values."""
+        return self.keys.ctypes.data, self.values.ctypes.data
+
+    def end(self, pos: int, again: bool, caught_up: bool) -> None:
+        """The step has written all rows before this position."""
+
+    def turn_back(self, pos: int) -> int:
+        """Where writing anew begins, to have all rows from this position on anew."""
+        return pos
+
+    def turn_to(self, pos: int, sober: int) -> int:
+        """How many of the rows before this position are there."""
+        return pos
+
     def blocks(self, first: int, last: int) -> np.ndarray:
         """Which of the S/16 blocks of 16 slots hold positions first .. last - 1, ascending."""
         return np.unique(np.arange(first // 16, -(-last // 16)) % (self.slots // 16))
+
+    def wipe(self, blocks: np.ndarray, written: int, pos: int) -> None:
+        """Zero the slots of these blocks that hold none of the positions before `pos`, of `written` ever
+        written: what was forgotten is nobody's business."""
+        empty = np.zeros(self.slots, bool).reshape(-1, 16)
+        empty[blocks] = True
+        empty.reshape(-1)[np.arange(max(0, written - self.slots), pos) % self.slots] = False
+        self.keys.swapaxes(3, 4)[:, :, empty] = 0
+        self.by_block()[:, :, empty] = 0
+
+    def loaded(self, pos: int, sober: bool) -> None:
+        """All rows before this position have been filled from a file."""
 
     def copy_from(self, other: "RingCache", blocks: np.ndarray) -> None:
         """Take over what these blocks of a cache of the same shape hold."""

@@ -1,9 +1,11 @@
-"""From a schedule to the table the kernels read: theta, and the addresses of the kernels of its law."""
+"""From a schedule to the tables the kernels read: theta and the kernels of its law, drift and diffusion."""
 
 import numpy as np
 
+from tinydrug.errors import DrugError
+from tinydrug.formats.config import Config
 from tinydrug.kernels.noise import LAWS as KERNELS
-from tinydrug.kernels.tables import DOSE
+from tinydrug.kernels.tables import DOSE, TERM
 from tinydrug.noise import SITES, Schedule
 from tinydrug.noise.laws import LAWS
 from tinydrug.noise.time import RENEWALS
@@ -31,6 +33,20 @@ def dose_table(schedule: Schedule, n_layers: int, cell: str) -> np.ndarray:
                 table["values"][column, site.code] = law.values[cell].address
             else:
                 table["rotate"][column, site.code] = law.rotate.address
+    return table
+
+
+def term_table(schedule: Schedule, config: Config) -> np.ndarray:
+    """(L,) rows of TERM. DrugError for a learned diffusion that the model does not have."""
+    given = schedule.term_table(config.n_layers)
+    if given["learned"].any() and not (config.drift and config.drift.diffusion_param):
+        raise DrugError(
+            f"diffusion:learned needs a dd-gpt2 with attn.diffusion_param, this is a {config.model_type}: "
+            "write diffusion:STD, for instance diffusion:0.1"
+        )
+    table = TERM.rows(config.n_layers)
+    for name in TERM.dtype.names:
+        table[name] = given[name]
     return table
 
 

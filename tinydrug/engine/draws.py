@@ -5,9 +5,11 @@ import numpy as np
 from tinydrug.engine.doses import dose_table, law_of
 from tinydrug.formats.config import Config
 from tinydrug.formats.weights import padded
+from tinydrug.kernels import drift
 from tinydrug.kernels.memory import aligned
 from tinydrug.kernels.noise import DRAWN, prepare_draw
 from tinydrug.kernels.noise import LAWS as KERNELS
+from tinydrug.kernels.tables import DOSE
 from tinydrug.noise import SITES, Schedule
 from tinydrug.noise.time import RENEWALS
 
@@ -51,3 +53,14 @@ def draw(
     law.show(drawn.ctypes.data, position, components, out.ctypes.data)
     r = out[:components].reshape(-1, half_padded)[:, :half].reshape(width)
     return float(out[components]), r.astype(np.float64)
+
+
+def diffusion_draw(noise_seed: int, config: Config, layer: int, head: int, position: int) -> np.ndarray:
+    """The normal numbers (d,) that diffusion multiplies with its standard deviations at one head's output."""
+    half, half_padded = config.head_dim // 2, padded(config.head_dim) // 2
+    out, drawn, dose = aligned(2 * half_padded + 16, np.float32), DRAWN.rows(), DOSE.rows()
+    dose["layer"] = layer
+    seed = int(np.uint64(noise_seed).astype(np.int64))
+    prepare_draw(drawn.ctypes.data, dose.ctypes.data, seed, drift.SITE, head, position, 0, 0)
+    KERNELS["gauss"][0].show(drawn.ctypes.data, position, 2 * half_padded, out.ctypes.data)
+    return out[: 2 * half_padded].reshape(2, half_padded)[:, :half].reshape(-1).astype(np.float64)

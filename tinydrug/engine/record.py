@@ -176,6 +176,9 @@ def _model(data) -> dict:
     for name in ("name", "source", "quant", "cache"):
         _text(model.get(name))
     _whole(model.get("n_ctx"))
+    if model.get("features") is not None:
+        for name in ("m", "seed"):
+            _whole(_object(model["features"]).get(name))
     return model
 
 

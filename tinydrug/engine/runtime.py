@@ -6,22 +6,25 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from types import ModuleType
 
 import numpy as np
 
 from tinydrug.engine.cache import RingCache, slots_needed
-from tinydrug.engine.doses import dose_table
+from tinydrug.engine.doses import dose_table, term_table
 from tinydrug.engine.pace import Pace
+from tinydrug.engine.state import RecurrentState
 from tinydrug.formats.config import Config
 from tinydrug.formats.weights import Weights, padded
 from tinydrug.kernels.attention import CHUNK, ROWS, partial_bytes
 from tinydrug.kernels.memory import aligned
 from tinydrug.kernels.tables import CALL, OPERAND, SPAN, TOKEN
 from tinydrug.kernels.team import Team, post, serve
+from tinydrug.models.features import Features
 from tinydrug.models.program import Program, Value
+from tinydrug.models.srf import FeatureProgram
 from tinydrug.noise import SITES, SOBER
 
 REWIND_EVERY = (
@@ -55,6 +58,7 @@ class Runtime:
         threads: int,
         n_ctx: int,
         cell: str = "f16",
+        features: Features | None = None,
         chunk: int = 512,
         rewind_every: int = REWIND_EVERY,
         progress: Callable[[float], None] | None = None,
@@ -65,9 +69,13 @@ class Runtime:
         self.rewind_every = rewind_every
         self.slots = slots_needed(n_ctx, config.sliding_window, chunk, rewind_every)
         self._lock = threading.Lock()
-        self._program = Program(config, weights, cell)
+        self.features = features  # of srf attention; None: attention is softmax
+        self._program = (
+            FeatureProgram(config, weights, cell, features) if features else Program(config, weights, cell)
+        )
         self._outputs = architecture.forward(self._program, config, n_ctx)
         self.sober = dose_table(SOBER, config.n_layers, cell)
+        self.sober_terms = term_table(SOBER, config)
         self._compile(progress)
         self._call = CALL.rows()
         self._tokens = TOKEN.rows(chunk)
@@ -100,6 +108,7 @@ class Runtime:
             "config": json.loads(json.dumps(asdict(self.config))),  # as it comes back from a file
             "quant": self.weights.quant,
             "cache": self.cell,
+            "features": self.features and asdict(self.features),
             "n_ctx": self.n_ctx,
             "tokenizer": self._tokenizer(),
             "weights": self.weights.fingerprint(),
@@ -111,8 +120,18 @@ class Runtime:
         used = {step.weight.row for step in self._program.steps if step.weight and step.operands.get("x")}
         return sum(self.weights.nbytes_of(row) for row in used)
 
-    def new_cache(self) -> RingCache:
-        return RingCache(self.config, self.slots, self.cell)
+    def new_cache(self) -> RingCache | RecurrentState:
+        """The memory of an empty sequence."""
+        if self.features is None:
+            return RingCache(self.config, self.slots, self.cell)
+        return RecurrentState(self._program, self.slots)
+
+    def redraw(self, seed: int) -> None:
+        """Draw the random features of srf attention anew. Sessions read their tokens again when next used."""
+        with self._lock:
+            self.features = replace(self.features, seed=seed)
+            self._program.draw(self.features)
+            vars(self).pop("identity", None)
 
     def step(self, parts: Sequence[Part]) -> np.ndarray:
         """Feed the parts, at most `chunk` tokens together -> logits (outputs, V) of the tokens asked for, in
@@ -154,10 +173,12 @@ class Runtime:
                 ahead[id(session)] = ahead.get(id(session), 0) + n
             session.coming(part.ids, start)
             doses = session.doses if part.drugged else self.sober
-            keys, values = session.cache.keys.ctypes.data, session.cache.values.ctypes.data
+            terms = session.terms if part.drugged else self.sober_terms
+            noisy = part.drugged and not session.schedule.is_sober
+            keys, values = session.cache.begin(start, noisy, part.start is not None)
             noise = doses.ctypes.data, session.noise_seed, session.born, session.awake.ctypes.data
             counts = session.moved.ctypes.data, session.measured
-            self._spans[s] = t, n, keys, values, self.slots, *noise, *counts
+            self._spans[s] = t, n, keys, values, self.slots, *noise, *counts, terms.ctypes.data
             rows = tokens[t : t + n]
             rows["span"], rows["position"], rows["id"] = s, np.arange(start, start + n), part.ids
             rows["output"] = -1
@@ -173,8 +194,11 @@ class Runtime:
             self._team.run(self._pace.choose())
             self._pace.note(time.perf_counter() - start)
         for part in parts:
-            if part.start is None:
-                part.session.advance(part.ids, part.drugged)
+            session, again = part.session, part.start is not None
+            if not again:
+                session.advance(part.ids, part.drugged)
+            end = part.start + len(part.ids) if again else session.pos
+            session.cache.end(end, again, end == session.pos)
         return self._logits[:n_outputs]
 
     def _compile(self, progress):

@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tinydrug.engine import snapshot
-from tinydrug.engine.cache import RingCache
-from tinydrug.engine.doses import dose_table
+from tinydrug.engine.doses import dose_table, term_table
 from tinydrug.engine.history import Noise, Write, cut, note
 from tinydrug.engine.runtime import Part, Runtime
-from tinydrug.errors import ConfigError, ContextOverflow, PromptError
+from tinydrug.errors import ConfigError, ContextOverflow, DrugError, PromptError
 from tinydrug.formats.weights import padded
-from tinydrug.noise import SITES, SOBER, Schedule
+from tinydrug.noise import COUNTED, SITES, SOBER, Schedule
 
 
 class Session:
@@ -22,9 +21,9 @@ class Session:
 
     def __init__(self, runtime: Runtime, schedule: Schedule = SOBER, noise_seed: int = 0):
         self.runtime = runtime
-        self.cache: RingCache = runtime.new_cache()
+        self.cache = runtime.new_cache()
         self.ids: list[int] = []  # every token in the cache, in order
-        self.moved = np.zeros(len(SITES), np.int64)  # vectors that noise has moved, by site
+        self.moved = np.zeros(len(COUNTED), np.int64)  # vectors that noise has moved, by site or term
         self.rewind_every = runtime.rewind_every
         self.spans: list[tuple[int, int]] = []  # positions first .. last - 1 that were written under noise
         self._clean: int | None = None  # rows before this are as if never drugged; None: all are
@@ -45,7 +44,13 @@ class Session:
     def dose(self, schedule: Schedule, noise_seed: int | None = None) -> None:
         """Use this schedule from now on; its own seed wins over noise_seed. DrugError if it does not fit the
         model."""
-        self.doses = dose_table(schedule, self.runtime.config.n_layers, self.runtime.cell)
+        doses = dose_table(schedule, self.runtime.config.n_layers, self.runtime.cell)
+        if self.runtime.features and doses["theta"][:, [SITES["K"].code, SITES["V"].code]].any():
+            raise DrugError(
+                "noise at K and V is drawn in cached keys and values at each read, and srf attention keeps "
+                "none: dose H, Q, pK, A or M, or use --attention softmax"
+            )
+        self.doses, self.terms = doses, term_table(schedule, self.runtime.config)
         self.schedule = schedule
         self.protect(self._protected_positions, self._protected_ids)
         if schedule.seed is not None:
@@ -97,6 +102,7 @@ class Session:
 
     def check(self, ids: Sequence[int]) -> None:
         """PromptError or ContextOverflow if these tokens cannot be fed now."""
+        self._catch_up()
         for token in ids:
             if not 0 <= token < self.runtime.config.vocab_size:
                 raise PromptError(
@@ -132,7 +138,8 @@ class Session:
         start, first = self.pos, max(self.pos, self.schedule.sink)
         self.ids.extend(map(int, ids))
         self._written = max(self._written, self.pos)
-        noisy = drugged and first < self.pos and self.doses["theta"].any()
+        dosed = self.doses["theta"].any() or self.terms.view("f8").any()
+        noisy = drugged and first < self.pos and dosed
         if not drugged:
             self.born = max(self.born, self.pos)  # later, if the rest of this prompt is drugged
         elif noisy:
@@ -166,6 +173,7 @@ class Session:
             self._clean
         ):  # the ring no longer holds what these rows must see: from the start, at once
             self._clean, interrupt = 0, lambda: False
+        self._clean = self.cache.turn_back(self._clean)
         while self._clean is not None and not interrupt():
             self._rewrite(min(self._clean + (chunk or self.runtime.chunk), self.pos))
         return self.pos - self.clean
@@ -206,6 +214,20 @@ class Session:
         del self.ids[pos:]
         self.born = min(self.born, pos)
         self._trim()
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Let a recurrent state read again what it has lost: by a rewind, by other features, or in a step
+        that was interrupted."""
+        there = self.cache.turn_to(self.pos, self.history[0].first if self.history else self.pos)
+        if there == self.pos:
+            return
+        ids, history, noise, moved = self.ids, self.history, self.noise, self.moved.copy()
+        self._forget()
+        self.ids = ids[:there]
+        self.retrace(ids, history)
+        self.put_noise(noise)
+        self.moved[:] = moved
 
     def shift(self, keep: int) -> None:
         """Make room in a full context: keep the first `keep` tokens and the later half of the rest, and read
@@ -254,8 +276,8 @@ class Session:
         """Read tokens into an empty sequence as another one did whose history this is: every bit is what it
         was there. Leaves that noise behind. ConfigError if a smaller ring than there cannot do it."""
         sober = history[0].first if history else len(ids)
-        if sober:
-            self.feed(ids[:sober], outputs=0)
+        if sober > self.pos:
+            self.feed(ids[self.pos : sober], outputs=0)
         for write in history:
             if write.first < self.pos:
                 if self._lost(write.first):

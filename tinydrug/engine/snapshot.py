@@ -18,7 +18,7 @@ from tinydrug.engine.history import Noise, Write, check
 from tinydrug.engine.identity import difference, package_version
 from tinydrug.errors import BadModelFile, ConfigError
 from tinydrug.formats import safetensors
-from tinydrug.noise import SITES
+from tinydrug.noise import COUNTED
 
 if TYPE_CHECKING:
     from tinydrug.engine.session import Session
@@ -34,14 +34,12 @@ def save(session: "Session", path: str | os.PathLike) -> None:
     from safetensors.numpy import save_file
 
     blocks, cache = session.blocks(), session.cache
+    cache.wipe(blocks, session._written, session.pos)
     tensors = {
         "ids": np.array(session.ids, np.int32),
         "keys": np.take(cache.keys, blocks, 2),
         "values": np.take(cache.by_block(), blocks, 2),
     }
-    empty = ~_held(session)[blocks]
-    tensors["keys"].swapaxes(3, 4)[:, :, empty] = 0  # what was forgotten is nobody's business
-    tensors["values"][:, :, empty] = 0
     texts = {
         "format": FORMAT,
         "version": package_version(),
@@ -98,7 +96,7 @@ def _state(session: "Session") -> dict:
         "clean": session.clean,
         "spans": session.spans,
         "history": [write.to_dict() for write in session.history],
-        "moved": dict(zip(SITES, session.moved.tolist(), strict=True)),
+        "moved": dict(zip(COUNTED, session.moved.tolist(), strict=True)),
     }
 
 
@@ -114,10 +112,10 @@ def _restore(session: "Session", state: dict, found: dict) -> None:
     if session._lost(session.pos):
         raise ValueError(f"written {session._written} leaves too little behind")
     blocks, cache = session.blocks(), session.cache
-    kind = session.runtime.cell
+    kinds = {np.dtype(dtype): kind for kind, dtype in CELLS.items()}
     for name, cells in (("keys", cache.keys), ("values", cache.by_block())):
         shape = (*cells.shape[:2], len(blocks), *cells.shape[3:])
-        cells[:, :, blocks] = _array(found, name, kind, CELLS[kind], shape)
+        cells[:, :, blocks] = _array(found, name, kinds[cells.dtype], cells.dtype, shape)
     if len(found) != 3:
         raise ValueError(f"it holds {', '.join(found)}")
 
@@ -126,6 +124,7 @@ def _restore(session: "Session", state: dict, found: dict) -> None:
     session.rewind_every = _whole(state["rewind_every"], 0, MAX_COUNT)
     clean = _whole(state["clean"], 0, session.pos)
     session._clean = clean if clean < session.pos else None
+    cache.loaded(session.pos, session._clean is None)
     session.spans = [(first, last) for first, last in state["spans"]]
     ends = [_whole(end, clean, session.pos) for span in session.spans for end in span]
     if ends != sorted(set(ends)):
@@ -134,7 +133,7 @@ def _restore(session: "Session", state: dict, found: dict) -> None:
     check(session.history, session.pos)
     if bool(session.history) != (session._clean is not None):
         raise ValueError("a history belongs to drugged rows")
-    session.moved[:] = [_whole(state["moved"][site], 0, MAX_COUNT - 1) for site in SITES]
+    session.moved[:] = [_whole(state["moved"][name], 0, MAX_COUNT - 1) for name in COUNTED]
 
 
 def _array(found: dict, name: str, kind: str, dtype, shape: tuple | None) -> np.ndarray:
@@ -143,14 +142,6 @@ def _array(found: dict, name: str, kind: str, dtype, shape: tuple | None) -> np.
     if tensor.kind != kind or (shape is not None and tensor.shape != shape):
         raise ValueError(f"its {name} are {tensor.kind} {tensor.shape}, not {kind} {shape}")
     return tensor.data.view(np.dtype(dtype).newbyteorder("<")).reshape(tensor.shape)
-
-
-def _held(session: "Session") -> np.ndarray:
-    """Which slots hold positions of the sequence, (S/16, 16)."""
-    slots = session.cache.slots
-    held = np.zeros(slots, bool)
-    held[np.arange(max(0, session._written - slots), session.pos) % slots] = True
-    return held.reshape(-1, 16)
 
 
 def _whole(value, low: int, high: int) -> int:

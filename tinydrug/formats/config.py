@@ -19,6 +19,15 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Drift:
+    """Which parameters of its own a drift-diffusion GPT-2 has in each layer."""
+
+    drift_param: tuple[int, ...] | None = None  # its shape: (H, d), a gate's logits, or (H, 1, 1), a factor
+    baseline: bool = False  # (H, d), where drift leaves things as they are
+    diffusion_param: bool = False  # (H, d), standard deviations
+
+
+@dataclass(frozen=True)
 class Config:
     """What a forward pass needs to know of a model."""
 
@@ -38,6 +47,7 @@ class Config:
     sliding_window: int | None = None  # a token sees this many positions, itself included
     attention_bias: bool = False
     mlp_bias: bool = False
+    drift: Drift | None = None
 
 
 class Fields:

@@ -5,7 +5,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -45,6 +45,13 @@ class Need:
     in_head: int | None = None  # input columns are
     interleaved: bool = False  # output rows of a head hold rotary pairs side by side (GGUF), not in halves
     fine: bool = False  # embedding and head: may be quantised finer
+    also: tuple[tuple[str, tuple[int, ...]], ...] = ()  # further tensors, by name and shape, for
+    change: Callable | None = None  # (source, bias, *also), floats -> what to pack in place of the two
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors it is made of."""
+        return [name for name in (self.source, self.bias, *(name for name, _ in self.also)) if name]
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def check(needs: Mapping[str, Need], tensors: Mapping[str, Tensor], path) -> Non
     """Every missing or mis-shaped tensor, named at once."""
     faults = []
     for need in needs.values():
-        wanted = [(need.source, need.shape)]
+        wanted = [(need.source, need.shape), *need.also]
         if need.bias:
             wanted.append(
                 (need.bias, (need.shape[-1] if need.transposed or len(need.shape) == 1 else need.shape[0],))
@@ -112,6 +119,11 @@ class Weights:
         """Bytes of memory all weights take."""
         return sum(area.nbytes for area in self._memory)
 
+    def floats(self, name: str) -> np.ndarray:
+        """The rows of a table, (n, k) float32, padded."""
+        address = int(self.table[self[name].row]["data"])
+        return next(area for area in self._memory if area.ctypes.data == address)
+
     def nbytes_of(self, row: int) -> int:
         """Bytes of one weight's panels and scales."""
         addresses = {int(self.table[row]["data"]), int(self.table[row]["scales"])}
@@ -131,24 +143,25 @@ class Weights:
         return area.ctypes.data
 
     def _load(self, pool, row, need, tensors) -> Weight:
-        tensor = tensors[need.source]
+        tensor, bias = _read(need, tensors)
         if need.role == "matrix":
             weight = self._matrix(pool, row, need, tensor)
         elif need.role == "table":
-            weight = self._table(row, tensor.float32())
+            weight = self._table(row, need, tensor.float32())
         else:
-            weight = self._table(row, tensor.float32()[None])
-        if need.bias:
-            values = tensors[need.bias].float32()
+            weight = self._table(row, need, tensor.float32()[None])
+        if bias is not None:
             if need.role == "matrix":
-                values = np.append(values, np.float32(0))[_row_map(need, len(values))]  # index -1: padding
-            bias = aligned(weight.n if need.role == "matrix" else weight.k, np.float32)
-            bias[: len(values)] = values
-            self.table[row]["bias"] = self._keep(bias)
-        tensor.release()
+                bias = np.append(bias, 0)[_row_map(need, len(bias))]  # index -1: padding
+            area = aligned(weight.n if need.role == "matrix" else weight.k, np.float32)
+            area[: len(bias)] = bias
+            self.table[row]["bias"] = self._keep(area)
+        tensors[need.source].release()
         return weight
 
-    def _table(self, row, values) -> Weight:
+    def _table(self, row, need, values) -> Weight:
+        if need.out_head:
+            values = np.pad(values, ((0, 0), (0, 1)))[:, _row_map(need, values.shape[1])]
         n, k = values.shape
         area = aligned((n, padded(k)), np.float32)
         area[:, :k] = values
@@ -200,6 +213,17 @@ class Weights:
         return Weight(row, format_, n, k)
 
 
+def _read(need: Need, tensors: Mapping[str, Tensor]) -> tuple[Tensor, np.ndarray | None]:
+    """The tensor to pack and its bias, as the file has them or changed."""
+    tensor, bias = tensors[need.source], tensors[need.bias].float32() if need.bias else None
+    if need.change:
+        further = (tensors[name].float32() for name, _ in need.also)
+        values, bias = need.change(tensor.float32(), bias, *further)
+        data = np.ascontiguousarray(values, np.float32)
+        tensor = replace(tensor, shape=data.shape, kind="f32", data=data.reshape(-1).view(np.uint8))
+    return tensor, bias
+
+
 def _row_map(need: Need, available: int) -> np.ndarray:
     """The tensor row of each output row, -1 for padding: heads put in padded halves, parts cut out."""
     rows = np.arange(available)
@@ -223,10 +247,10 @@ def _format(need: Need, tensor: Tensor, quant: str) -> tuple[str, bool]:
     """The format a matrix is packed in, and whether its values must go through floats first: a type without a
     packer of its own, or blocks that padding would tear apart. Then, unless a quantisation is asked for,
     it stays exact: f32."""
-    wanted = QUANTS[quant][need.fine]
-    format_ = wanted or (tensor.kind if tensor.kind in FORMATS else "f32")
-    torn = tensor.kind not in _ELEMENT and need.in_head is not None and need.in_head % PAD != 0
-    if (tensor.kind, format_) in PACKERS and not torn:
+    wanted, kind = QUANTS[quant][need.fine], "f32" if need.change else tensor.kind
+    format_ = wanted or (kind if kind in FORMATS else "f32")
+    torn = kind not in _ELEMENT and need.in_head is not None and need.in_head % PAD != 0
+    if (kind, format_) in PACKERS and not torn:
         return format_, False
     return wanted or "f32", True
 

@@ -371,12 +371,17 @@ def make_law(name, by_component, by_position, wandering=False, cached=True) -> L
 
 # --- the operations of the forward pass --------------------------------------------------------------------
 @inline
+def is_protected(span, position):
+    """Whether noise must leave the token at this position alone."""
+    return load_i32(span.awake + 4 * position + 4) == load_i32(span.awake + 4 * position)
+
+
+@inline
 def rotate_heads(call, op, token, x, first, last, counted, tid):
     """Turn heads first .. last of the row at x, if this token's schedule says so."""
     span, position = call.spans[call.tokens[token].span], call.tokens[token].position
     dose = span.doses[op.layer * call.sites + op.site]
-    asleep = load_i32(span.awake + 4 * position + 4) == load_i32(span.awake + 4 * position)
-    if dose.theta <= 0.0 or asleep:
+    if dose.theta <= 0.0 or is_protected(span, position):
         return
     scratch = call.scratch + tid * call.scratch_stride
     drawn = drawn_at(scratch)

@@ -39,6 +39,8 @@ DOSE = Struct(  # one a (layer, site)
     values="i8",
 )
 
+TERM = Struct("Term", drift="f8", diffusion="f8", learned="f8")  # one a layer: amounts of drift.py
+
 SPAN = Struct(  # consecutive tokens of one sequence that share a schedule
     "Span",
     first="i8",  # its tokens are rows first .. first + count of the token table
@@ -50,8 +52,9 @@ SPAN = Struct(  # consecutive tokens of one sequence that share a schedule
     seed="i8",
     born="i8",  # position of the first generated token: ramps count from it
     awake="i8",  # address of an int32 a position: how many positions before it noise may touch
-    moved="i8",  # address of one counter a site: vectors that noise has moved
+    moved="i8",  # address of one counter a site, then of drift and diffusion: vectors that were moved
     measured="i8",  # address of (vectors, angles, logs of norm ratios) a thread and site; 0: do not measure
+    terms=TERM,  # (L,)
 )
 
 TOKEN = Struct("Token", span="i8", position="i8", id="i8", output="i8")  # output: row of the logits, or -1
@@ -75,7 +78,9 @@ OP = Struct(  # one operation of the forward pass
     x=OPERAND,
     y=OPERAND,
     z=OPERAND,
+    w=OPERAND,
     weight=WEIGHT,
+    features="i8",  # address of the layer's random directions (srf.py)
     onto="i8",  # 1: a linear map adds to what y holds
     heads="i8",
     kv_heads="i8",

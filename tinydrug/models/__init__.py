@@ -3,12 +3,13 @@
 from types import ModuleType
 
 from tinydrug.errors import UnsupportedModel
-from tinydrug.models import gpt2, llama
+from tinydrug.models import dd_gpt2, gpt2, llama
 
 MODELS: dict[str, ModuleType] = {
     "llama": llama,
     "mistral": llama,
     "gpt2": gpt2,
+    "dd-gpt2": dd_gpt2,
 }
 
 

@@ -7,12 +7,13 @@ kernels/team.py; nothing compiles for a new architecture.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from tinydrug.formats.config import Config
 from tinydrug.formats.weights import Weight, Weights, padded
-from tinydrug.kernels import activation, embed, noise, norm, quantise, rope
+from tinydrug.kernels import activation, drift, embed, noise, norm, quantise, rope
 from tinydrug.kernels.attention import ATTEND
 from tinydrug.kernels.jit import Kernel
 from tinydrug.kernels.pack import FORMATS
@@ -162,6 +163,13 @@ class Program:
         self._note(noise.noise_heads, HEADS, x=x, y=x, **self._heads(x), **where)
         return x
 
+    def drift(self, layer: int, x: Value) -> Value:
+        """A place where drift and diffusion enter, after noise at A: x (T, H, d) as it is, or as the schedule
+        of each token's sequence says. A weight "LAYER.drift" says what drift the model adds after it."""
+        name = f"{layer}.drift"
+        rows = self.constant(self.weights.floats(name)) if name in self.weights else self._driftless
+        return self._note_rows(drift.drift, x, z=rows, layer=layer, **self._heads(x))
+
     def gated(self, gate: Value, up: Value) -> Value:
         """act(gate) * up, (T, F)."""
         kernel = ACTIVATIONS[self.config.activation]
@@ -183,6 +191,13 @@ class Program:
         """A float table of one row a position, which operations may read."""
         self.tables.append(table)
         return Value(-1 - len(self.tables), table.strides[0], table.shape[-1])
+
+    @cached_property
+    def _driftless(self) -> Value:
+        """Centre 0, spread 1 and std 0 of every component of H heads, (3, H d): no drift in the model."""
+        rows = np.zeros((3, self.config.n_heads, 2, self._half), np.float32)
+        rows[1, :, :, : self.config.head_dim // 2] = 1
+        return self.constant(rows.reshape(3, -1))
 
     # --- notation -------------------------------------------------------------------------------------------
     def _heads(self, x: Value) -> dict:

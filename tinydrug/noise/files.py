@@ -10,6 +10,7 @@ from pathlib import Path
 from tinydrug.errors import DrugError
 from tinydrug.noise.checks import at, find, shown
 from tinydrug.noise.dose import Dose, parse_theta
+from tinydrug.noise.drift import TERMS
 from tinydrug.noise.laws import KINDS
 from tinydrug.noise.schedule import OPTIONS, SOBER, Schedule
 from tinydrug.noise.sites import SITES, find_site
@@ -71,7 +72,7 @@ def read_toml(text: str) -> Schedule:
 def write_toml(schedule: Schedule, n_layers: int | None = None) -> str:
     """All of a schedule as TOML; `n_layers` does not matter to it."""
     data = schedule.to_dict()
-    lines = [f"{name} = {_toml(data[name])}" for name in OPTIONS if data[name] is not None]
+    lines = [f"{name} = {_toml(data[name])}" for name in (*OPTIONS, *TERMS) if data.get(name) is not None]
     for dose in data["dose"]:
         lines += ["", "[[dose]]", *(f"{key} = {_toml(value)}" for key, value in dose.items())]
     return "\n".join(lines) + "\n"
@@ -157,7 +158,9 @@ def write_csv(schedule: Schedule, n_layers: int | None) -> str:
     """The table as CSV, a line for every layer of every dosed site. Raises DrugError without `n_layers`."""
     if n_layers is None:
         raise DrugError("a CSV table needs the number of layers")
-    lost = [name for name in ("sink", "prompt", "seed") if getattr(schedule, name) != getattr(SOBER, name)]
+    lost = [
+        name for name in ("sink", "prompt", "seed", *TERMS) if getattr(schedule, name) != getattr(SOBER, name)
+    ]
     if lost:
         log.warning("a CSV file holds the table alone, without %s: save .toml to keep all", ", ".join(lost))
     table = schedule.table(n_layers)["theta"]  # (L, n_sites)

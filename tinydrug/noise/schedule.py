@@ -10,6 +10,9 @@ import numpy as np
 from tinydrug.errors import DrugError
 from tinydrug.noise.checks import at, number, read_number, shown, whole, write_number
 from tinydrug.noise.dose import Dose, parse_dose
+from tinydrug.noise.drift import KINDS as TERM_KINDS
+from tinydrug.noise.drift import TABLE as TERM_TABLE
+from tinydrug.noise.drift import TERMS, Term, as_term, parse_term
 from tinydrug.noise.laws import KINDS, LAWS
 from tinydrug.noise.sites import SITES
 from tinydrug.noise.time import FRESH, RAMPS, RENEWALS
@@ -31,8 +34,9 @@ class Schedule:
     """The doses, at most one a site and kept in the order of SITES, and what holds for all of them.
 
     `sink`: positions below it, in tokens, are never touched. `prompt`: which of the prompt's positions are
-    read under noise. `scale` multiplies every theta; 0 is sober. `seed` of the noise; None leaves it to
-    whoever runs the schedule. `str` gives the text that `parse` reads. Raises DrugError.
+    read under noise. `scale` multiplies every theta and term; 0 is sober. `seed` of the noise; None leaves it
+    to whoever runs the schedule. `drift` and `diffusion` are terms, or their text or amount. `str` gives the
+    text that `parse` reads. Raises DrugError.
     """
 
     doses: tuple[Dose, ...] = ()
@@ -40,6 +44,8 @@ class Schedule:
     prompt: Literal["none", "last", "all"] = "none"
     scale: float = 1.0
     seed: int | None = None
+    drift: Term | None = None
+    diffusion: Term | None = None
 
     def __post_init__(self):
         for dose in self.doses:
@@ -56,13 +62,15 @@ class Schedule:
         object.__setattr__(self, "scale", number(self.scale, "scale", least=0))
         if self.seed is not None:
             object.__setattr__(self, "seed", whole(self.seed, "seed", 0, MAX_SEED))
+        for name in TERMS:
+            object.__setattr__(self, name, as_term(name, getattr(self, name)))
 
     @classmethod
     def parse(cls, specs: "str | Dose | Iterable[str | Dose] | Schedule | None", **options) -> "Schedule":
-        """A schedule from text: doses by commas or in several strings, options as `sink=0` among them.
+        """A schedule from text: doses and terms by commas or in several strings, options as `sink=0` too.
 
-        `options` (sink, prompt, scale, seed) override those of the text; one that is None counts as not
-        given. None and `sober` are no dose at all. Raises DrugError.
+        `options` (sink, prompt, scale, seed, drift, diffusion) override those of the text; one that is None
+        counts as not given. None and `sober` are no dose at all. Raises DrugError.
         """
         given = {name: value for name, value in options.items() if value is not None}
         if isinstance(specs, Schedule):
@@ -80,16 +88,25 @@ class Schedule:
                 if name in written:
                     raise DrugError(f"{name} is given twice: keep one")
                 written[name] = value
+            elif (name := item.partition(":")[0].strip().lower()) in TERMS:
+                if name in written:
+                    raise DrugError(f"{name} is given twice: keep one")
+                written[name] = parse_term(item)
             else:
                 doses.append(parse_dose(item))
-        if sober and doses:
-            raise DrugError(f"sober and {doses[0]} contradict each other: keep one")
+        if sober and (present := [*doses, *(written[name] for name in TERMS if name in written)]):
+            raise DrugError(f"sober and {present[0]} contradict each other: keep one")
         return cls(tuple(doses), **{**written, **given})
 
     @property
     def is_sober(self) -> bool:
         """No layer of any model gets noise from this schedule."""
-        return self.scale == 0 or all(dose.peak == 0 for dose in self.doses)
+        return self.scale == 0 or all(each.peak == 0 for each in (*self.doses, *self.terms))
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """Drift and diffusion, those that are given."""
+        return tuple(term for term in (self.drift, self.diffusion) if term is not None)
 
     def with_seed(self, seed: int | None) -> "Schedule":
         return replace(self, seed=seed)
@@ -111,21 +128,32 @@ class Schedule:
             column["tokens"], column["over"], column["tied"] = time.tokens, time.over, time.tied
         return table
 
+    def term_table(self, n_layers: int) -> np.ndarray:
+        """A row a layer, (L,) of TERM_TABLE: amounts with profile and scale applied. DrugError as `table`."""
+        table = np.zeros(n_layers, TERM_TABLE)
+        for term in () if self.is_sober else self.terms:
+            table[term.kind] = term.amounts(n_layers, self.scale)
+        return table
+
     def describe(self, n_layers: int) -> str:
-        """The table as text: a row a layer, equal neighbours folded into one, a column a dosed site."""
+        """The table as text: a row a layer, equal neighbours folded, a column a dosed site or term."""
         thetas = self.table(n_layers)["theta"]  # (L, n_sites)
+        amounts = self.term_table(n_layers)  # (L,)
         dosed = [dose for dose in self.doses if thetas[:, SITES[dose.site].code].any()]
-        laws = dict.fromkeys(dose.law for dose in dosed)
+        kinds = [term.kind for term in self.terms if amounts[term.kind].any()]
         scale, seed = write_number(self.scale), "none" if self.seed is None else self.seed
         options = f"sink {self.sink}, prompt {self.prompt}, scale {scale}, seed {seed}"
-        if not dosed:
+        if not dosed and not kinds:
             return f"sober: no noise at any site of {n_layers} layers\n{options}"
-        cells = thetas[:, [SITES[dose.site].code for dose in dosed]]
+        laws = ", ".join(dict.fromkeys(dose.law for dose in dosed))
+        columns = [thetas[:, SITES[dose.site].code] for dose in dosed] + [amounts[kind] for kind in kinds]
+        cells = np.stack(columns, 1)
         lines = [
             "noise: largest angle theta in radians, by layer and site",
-            f"{options}, law {', '.join(laws)}",
+            f"{options}, law {laws}" if laws else options,
             *(f"{dose.site} over time: {dose.time}" for dose in dosed if dose.time != FRESH),
-            _line("layer", [f"{dose.head}{LAWS[dose.law].mark}" for dose in dosed]),
+            *(f"{kind}: attention's output x becomes {TERM_KINDS[kind]}" for kind in kinds),
+            _line("layer", [*(f"{dose.head}{LAWS[dose.law].mark}" for dose in dosed), *kinds]),
         ]
         for _, run in groupby(range(n_layers), key=lambda layer: tuple(cells[layer])):
             first, *others = run
@@ -136,7 +164,8 @@ class Schedule:
     def to_dict(self) -> dict:
         """Plain data, JSON-safe, with the keys of a drug file; `from_dict` reads it."""
         options = {name: getattr(self, name) for name in OPTIONS}
-        return {**options, "dose": [dose.to_dict() for dose in self.doses]}
+        terms = {term.name: term.value for term in self.terms}
+        return {**options, **terms, "dose": [dose.to_dict() for dose in self.doses]}
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "Schedule":
@@ -144,8 +173,9 @@ class Schedule:
         if not isinstance(data, Mapping):
             raise DrugError(f"a schedule must be a table, not {shown(data)}")
         for key in data:
-            if key not in (*OPTIONS, "dose"):
-                raise DrugError(f"unknown key {shown(key)}: a schedule has {', '.join(OPTIONS)} and dose")
+            if key not in (*OPTIONS, *TERMS, "dose"):
+                known = ", ".join((*OPTIONS, *TERMS))
+                raise DrugError(f"unknown key {shown(key)}: a schedule has {known} and dose")
         tables = data.get("dose", [])
         if not isinstance(tables, list):
             raise DrugError("dose must be a list of tables: write [[dose]] above each")
@@ -153,10 +183,10 @@ class Schedule:
         for i, table in enumerate(tables):
             with at(f"dose {i + 1}"):
                 doses.append(Dose.from_dict(table))
-        return cls(tuple(doses), **{name: data[name] for name in OPTIONS if name in data})
+        return cls(tuple(doses), **{name: data[name] for name in (*OPTIONS, *TERMS) if name in data})
 
     def __str__(self) -> str:
-        parts = [str(dose) for dose in self.doses] or ["sober"]
+        parts = [str(each) for each in (*self.doses, *self.terms)] or ["sober"]
         for name in OPTIONS:
             value = getattr(self, name)
             if value != getattr(SOBER, name):
@@ -182,5 +212,5 @@ def _parse_option(item: str) -> tuple[str, int | float | str]:
     return name, int(text)
 
 
-OPTIONS = tuple(field.name for field in fields(Schedule) if field.name != "doses")
+OPTIONS = tuple(field.name for field in fields(Schedule) if field.name not in ("doses", *TERMS))
 SOBER = Schedule()
