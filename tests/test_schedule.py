@@ -332,7 +332,10 @@ V = '[[dose]]\nsite = "V"\ntheta = 0.1\n'
         ("sink = 0\nscale = x\n", "is not TOML: Invalid value (at line 2, column 9)"),
         ("seed = " + "9" * 5000, "is not TOML: "),
         ("a = " + "[" * 100_000, "is not TOML: "),
-        ("sinc = 0", "unknown key 'sinc': a schedule has sink, prompt, scale, seed, drift, diffusion and dose"),
+        (
+            "sinc = 0",
+            "unknown key 'sinc': a schedule has sink, prompt, scale, seed, drift, diffusion and dose",
+        ),
         ("sink = 0.5", "sink must be a whole number from 0 to 2147483647, not 0.5"),
         (
             "seed = 0x1" + "0" * 5000,
