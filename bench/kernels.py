@@ -18,7 +18,8 @@ from bench.shapes import SHAPES
 from tinydrug.engine.threads import check_threads
 from tinydrug.formats.config import Config
 from tinydrug.formats.tensor import Tensor
-from tinydrug.formats.weights import Need, Weights
+from tinydrug.formats.weights import Need, Weights, padded
+from tinydrug.kernels.linear import scratch_bytes
 from tinydrug.kernels.memory import aligned
 from tinydrug.kernels.pack import FORMATS
 from tinydrug.kernels.tables import CALL, OPERAND
@@ -55,6 +56,11 @@ class One:
         self._call = CALL.rows()
         self._call["n_tokens"], self._call["n_ops"] = tokens, len(self._ops)
         self._call["ops"] = self._ops.ctypes.data
+        self._scratch = aligned((threads, padded(scratch_bytes(k), 4096)), np.uint8)
+        self._call["scratch"], self._call["scratch_stride"] = (
+            self._scratch.ctypes.data,
+            self._scratch.strides[0],
+        )
         self._team, self._threads, self._y = Team(self._call, threads), threads, y
 
     def seconds(self, rounds: int) -> float:

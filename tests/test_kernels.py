@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import gguf
@@ -19,10 +20,11 @@ from numba import types
 from tinydrug.engine.cache import RingCache
 from tinydrug.engine.doses import dose_table
 from tinydrug.formats.config import Config
-from tinydrug.formats.tensor import Tensor
+from tinydrug.formats.tensor import KINDS, Tensor
 from tinydrug.formats.weights import Need, Weights, padded
 from tinydrug.kernels import activation, embed, jit, maths, norm, quantise, rope
 from tinydrug.kernels.attention import ATTEND, CHUNK, partial_bytes
+from tinydrug.kernels.blocks import BLOCKS as BLOCK_FORMATS
 from tinydrug.kernels.isa import KNOWN
 from tinydrug.kernels.memory import aligned
 from tinydrug.kernels.pack import FORMATS, PACKERS, SOURCE
@@ -34,7 +36,7 @@ F32 = 2e-6  # a few roundings to float32, relative to the largest summand of eac
 ATTENTION = 4e-6  # a softmax over up to 700 scores and its mean of values around 1: measured 2.1e-6
 FUNCTIONS = 6e-7  # absolute, of functions within [-1, 1]: measured 3.9e-7 (erf) and 4.7e-7 (cosine)
 TILE = 8  # rows past the last token that a tile may touch
-TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 17)
+TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17)
 SHAPES = [(16, 32), (5, 40), (48, 100), (33, 172)]  # rows, columns of a weight
 RNG = np.random.default_rng
 
@@ -76,7 +78,7 @@ class Step:
         self.tokens["output"] = -1 if outputs is None else outputs
         self.spans = SPAN.rows()
         self.spans["count"] = T
-        self.scratch = aligned((threads, 1 << 16), np.uint8)
+        self.scratch = aligned((threads, 1 << 21), np.uint8)
         self.sync = aligned(512, np.uint8)
         for name in ("tokens", "spans", "sync", "scratch"):
             self.call[name] = getattr(self, name).ctypes.data
@@ -95,12 +97,28 @@ class Step:
             kernel(self.call.ctypes.data, self.op.ctypes.data, thread, self.threads)
 
 
+SCALES = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}  # bytes where a block has its f16 numbers
+
+
+def k_blocks(kind: str, values: np.ndarray) -> np.ndarray:
+    """Random blocks for values (n, k) of about their size: nothing but llama.cpp quantises to these kinds."""
+    elements, size = KINDS[kind]
+    rng = RNG(zlib.crc32(values.tobytes()))
+    blocks = rng.integers(0, 256, (values.size // elements, size), np.uint8)
+    for at in SCALES[kind]:
+        scales = rng.uniform(1e-4, 1e-3, len(blocks)).astype("<f2")
+        blocks[:, at : at + 2] = scales[:, None].view(np.uint8)
+    return blocks
+
+
 def tensor(name: str, values: np.ndarray, kind: str = "f32") -> Tensor:
     """values (n, k) as a file would hold them in this kind."""
     if kind == "f32":
         data = values.astype("<f4")
     elif kind == "f16":
         data = values.astype("<f2")
+    elif kind.endswith("_k"):
+        data = k_blocks(kind, values)
     else:
         data = gguf.quants.quantize(values.astype(np.float32), gguf.GGMLQuantizationType[kind.upper()])
     data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
@@ -132,7 +150,7 @@ def gathered(weight, rows: int) -> np.ndarray:
 
 # --- linear maps
 
-FLOATS, BLOCKS = ("f32", "f16", "bf16"), ("q8_0", "q4_0", "q4_1")
+FLOATS, BLOCKS = ("f32", "f16", "bf16"), tuple(BLOCK_FORMATS)
 
 
 def linear(weight, x: np.ndarray, y: np.ndarray, onto: bool, threads: int = 1, **step) -> np.ndarray:
@@ -164,7 +182,7 @@ def activations(x: np.ndarray, kind: str) -> np.ndarray:
 
 def columns(kind: str, k: int) -> int:
     """Files hold whole blocks."""
-    return k if kind in FLOATS else padded(k)
+    return padded(k, KINDS[kind][0])
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -190,8 +208,8 @@ def test_linear(kind, n, k):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_spoils_its_own_row_alone(kind, bad):
     """int8 has no NaN: it must survive in the block's scale."""
-    rng = RNG(0)
-    w, x, y = rng.normal(size=(20, 96)), rng.normal(size=(4, 96)), np.zeros((4, 20))
+    rng, k = RNG(0), columns(kind, 96)
+    w, x, y = rng.normal(size=(20, k)), rng.normal(size=(4, k)), np.zeros((4, 20))
     good = linear(weights(w, kind), x, y, False)
     x[2, 40] = bad
     found = linear(weights(w, kind), x, y, False)
@@ -298,21 +316,21 @@ def test_rope(d):
 
 @pytest.mark.parametrize("kind", [*FLOATS, *BLOCKS])
 def test_embed_and_position_and_asked(kind):
-    rng = RNG(3)
-    table, places = rng.normal(size=(20, 64)), rng.normal(size=(9, 64))
+    rng, k = RNG(3), columns(kind, 64)
+    table, places = rng.normal(size=(20, k)), rng.normal(size=(9, k))
     step = Step(4, threads=2, positions=[3, 0, 8, 8], outputs=[-1, 1, -1, 0])
     step.tokens["id"] = [19, 0, 7, 7]
-    x = Array(np.zeros((4, 64)), 2)
+    x = Array(np.zeros((4, k)), 2)
     step.run(embed.embed, weight=weights(table, kind), y=x)
     expected = values_of(kind, table)[[19, 0, 7, 7]].astype(np.float32)
     np.testing.assert_allclose(x.shared, expected, rtol=1e-7)
-    loaded = Weights({"p": Need("p", (9, 64), "table")}, {"p": tensor("p", places)}, "none", 1)
+    loaded = Weights({"p": Need("p", (9, k), "table")}, {"p": tensor("p", places)}, "none", 1)
     step.run(embed.add_position, weight=(loaded, "p"), x=x, y=x)
     expected = x.shared.copy()
     np.testing.assert_allclose(
         expected, values_of(kind, table)[[19, 0, 7, 7]] + places[[3, 0, 8, 8]], rtol=1e-5, atol=1e-6
     )
-    asked = Array(np.zeros((2, 64)), 2)
+    asked = Array(np.zeros((2, k)), 2)
     step.run(embed.asked, x=x, y=asked, on_outputs=1)
     np.testing.assert_array_equal(asked.shared, expected[[3, 1]])
 
@@ -560,7 +578,7 @@ def assert_rounded(found: np.ndarray, held: np.ndarray, name: str) -> None:
 @pytest.mark.parametrize("fine", [True, False])
 def test_packed_rows_come_back(kind, quant, fine):
     """Every kind of tensor in every format it can be loaded as, read back row by row."""
-    w = RNG(4).normal(size=(37, 64)).astype(np.float32)
+    w = RNG(4).normal(size=(37, columns(kind, 64))).astype(np.float32)
     w[0, :32], w[1, :32], w[2, 5] = 0, 0.25, -30
     loaded = Weights({"w": Need("w", w.shape, fine=fine)}, {"w": tensor("w", w, kind)}, quant, 2), "w"
     name = loaded[0]["w"].format
@@ -595,9 +613,9 @@ def packed(kind: str, name: str, data: np.ndarray, k: int) -> np.ndarray:
 @pytest.mark.parametrize(("kind", "name"), PACKERS)
 def test_every_packer(kind, name):
     """Pairs that no option asks for today included: a format is one registry line away."""
-    k = 70 if kind in FLOATS else 96
+    k = columns(kind, 70)
     stored = tensor("w", RNG(5).normal(size=(16, k)).astype(np.float32), kind)
-    held, found = np.pad(stored.float32(), ((0, 0), (0, 96 - k))), packed(kind, name, stored.data, k)
+    held, found = np.pad(stored.float32(), ((0, 0), (0, padded(k) - k))), packed(kind, name, stored.data, k)
     if kind == name:
         np.testing.assert_array_equal(found, held)
     else:
@@ -718,16 +736,17 @@ import hashlib, json, sys
 import numpy as np
 from engines import logits, runtime
 from test_kernels import linear, weights
+from tinydrug.kernels.blocks import BLOCKS as BLOCK_FORMATS
 from tinydrug.kernels.isa import ISA
 import tiny
 out = {"isa": ISA}
 for quant in ("q8", "q4"):
     model = runtime(sys.argv[1], quant=quant)
     out[quant] = hashlib.sha256(logits(model, tiny.ids("llama-gqa")).tobytes()).hexdigest()
-w, x = np.random.default_rng(0).normal(size=(2, 64, 96))
+w, x = np.random.default_rng(0).normal(size=(2, 64, 256))
 w[:, 0], x[:, 1] = 100, -100  # the largest products there are: 127 * 255
-for kind in ("q8_0", "q4_0", "q4_1"):
-    y = [linear(weights(w, kind), x[:T], np.zeros((T, 64)), False) for T in (1, 4, 17)]
+for kind in BLOCK_FORMATS:
+    y = [linear(weights(w, kind), x[:T], np.zeros((T, 64)), False) for T in (1, 4, 17, 40)]
     out[kind] = hashlib.sha256(b"".join(a.tobytes() for a in y)).hexdigest()
 print(json.dumps(out))
 """

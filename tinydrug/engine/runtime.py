@@ -19,6 +19,7 @@ from tinydrug.engine.state import RecurrentState
 from tinydrug.formats.config import Config
 from tinydrug.formats.weights import Weights, padded
 from tinydrug.kernels.attention import CHUNK, ROWS, partial_bytes
+from tinydrug.kernels.linear import scratch_bytes
 from tinydrug.kernels.memory import aligned
 from tinydrug.kernels.tables import CALL, OPERAND, SPAN, TOKEN
 from tinydrug.kernels.team import Team, post, serve
@@ -85,9 +86,9 @@ class Runtime:
         self._pace = Pace(threads)
         weakref.finalize(self, self._team.dismiss)  # may run anywhere: it must not wait
         d = padded(config.head_dim)
-        widest = padded(max(config.hidden_size, config.intermediate_size, d))
+        widest = padded(max(config.hidden_size, config.intermediate_size, config.n_heads * d))
         attention = 4 * d * (ROWS + 16) + 2 * partial_bytes(d) + 4096  # tiles, noisy values, partial results
-        room = padded(max(attention, 2048 + 4 * widest), 4096)
+        room = padded(max(attention, 2048 + 4 * widest, scratch_bytes(widest)), 4096)
         self._scratch = aligned((threads, room), np.uint8)
         self._call["scratch"], self._call["scratch_stride"] = (
             self._scratch.ctypes.data,

@@ -3,31 +3,32 @@
 Weights lie in panels of 16 output rows; a lane is an output row, so there is no horizontal sum:
 
     f32, f16, bf16   [panel][k][16]
-    q8_0   [panel][k/32][8][16][4] bytes q + 128; scales f16 [panel][k/32][16]
-    q4_0   [panel][k/32][4][16][4] bytes: low nibbles columns 0..15, high 16..31, both q + 8; scales as q8_0
-    q4_1   the same nibbles holding q; scales f16 [panel][k/32][2][16]: scale, minimum
+    quantised        [panel][k/32] blocks (planes.py), and their scales (blocks.py)
 
 An output element is one sum over k in one order whatever the tile that holds it, so its bits depend
-neither on how many tokens came with it nor on the threads. Tiles reach up to 7 rows past T: buffers have
-room for them.
+neither on how many tokens came with it nor on the threads: products of integers are exact, and what is
+rounded is rounded alike. Tiles reach up to 7 rows past T: buffers have room for them.
 """
 
 import numpy as np
 
+from tinydrug.kernels import amx
+from tinydrug.kernels.blocks import BLOCKS
 from tinydrug.kernels.jit import inline, kernel
-from tinydrug.kernels.quantise import moments_of, scales_of, sums_of
+from tinydrug.kernels.quantise import half_sums_of, moments_of, scales_of, sums_of
 from tinydrug.kernels.tables import OPERATION, reader, row, rows_of, share
 from tinydrug.kernels.vectors import (
-    high_nibbles,
     load,
     load_bfloats,
-    load_bytes,
     load_f32,
     load_halves,
-    low_nibbles,
+    prefetch,
+    store_bytes,
+    subtract_bytes,
     tile1,
     tile4,
     tile8,
+    tile16,
     tile_add,
     tile_add_vec,
     tile_dot4,
@@ -39,70 +40,36 @@ from tinydrug.kernels.vectors import (
     tile_load,
     tile_rows,
     tile_scale_add,
+    tile_scale_add_stored,
     tile_splat_ints,
     tile_store,
 )
 
 i4, i8 = np.int32, np.int64
+UNPACKED = 1 << 20  # bytes of panels that are unpacked together
+PRODUCTS = 4096  # bytes for integer products, two blocks at a time
+AHEAD = 4096  # bytes of weights to ask for before they are needed: hardware alone leaves a third of DRAM idle
 
 
-# --- one panel: tile of zeros, addresses of weights, scales and activations, k, activation stride -> tile of
+# --- one panel of floats: tile of zeros, addresses of weights and activations, k, activation stride -> tile -
 @inline
-def panel_f32(acc, w, s, x, k, stride):
+def panel_f32(acc, w, x, k, stride):
     for i in range(k):
         acc = tile_fma(acc, load(w + 64 * i), x + 4 * i, stride)
     return acc
 
 
 @inline
-def panel_f16(acc, w, s, x, k, stride):
+def panel_f16(acc, w, x, k, stride):
     for i in range(k):
         acc = tile_fma(acc, load_halves(w + 32 * i), x + 4 * i, stride)
     return acc
 
 
 @inline
-def panel_bf16(acc, w, s, x, k, stride):
+def panel_bf16(acc, w, x, k, stride):
     for i in range(k):
         acc = tile_fma(acc, load_bfloats(w + 32 * i), x + 4 * i, stride)
-    return acc
-
-
-@inline
-def panel_q8_0(acc, w, s, x, k, stride):
-    scales, sums = scales_of(x, k), sums_of(x, k)
-    for b in range(k // 32):
-        dots = tile_splat_ints(acc, sums + 4 * b, stride, i4(7))  # -128 * sum: the weights are q + 128
-        for c in range(8):
-            dots = tile_dot4(dots, load_bytes(w + 512 * b + 64 * c), x + 32 * b + 4 * c, stride)
-        acc = tile_scale_add(acc, dots, load_halves(s + 32 * b), scales + 4 * b, stride)
-    return acc
-
-
-@inline
-def panel_q4_0(acc, w, s, x, k, stride):
-    scales, sums = scales_of(x, k), sums_of(x, k)
-    for b in range(k // 32):
-        dots = tile_splat_ints(acc, sums + 4 * b, stride, i4(3))  # -8 * sum: the weights are q + 8
-        for c in range(4):
-            nibbles = load_bytes(w + 256 * b + 64 * c)
-            dots = tile_dot4(dots, low_nibbles(nibbles), x + 32 * b + 4 * c, stride)
-            dots = tile_dot4(dots, high_nibbles(nibbles), x + 32 * b + 16 + 4 * c, stride)
-        acc = tile_scale_add(acc, dots, load_halves(s + 32 * b), scales + 4 * b, stride)
-    return acc
-
-
-@inline
-def panel_q4_1(acc, w, s, x, k, stride):
-    scales, moments = scales_of(x, k), moments_of(x, k)
-    for b in range(k // 32):
-        dots = tile_ints(acc)
-        for c in range(4):
-            nibbles = load_bytes(w + 256 * b + 64 * c)
-            dots = tile_dot4(dots, low_nibbles(nibbles), x + 32 * b + 4 * c, stride)
-            dots = tile_dot4(dots, high_nibbles(nibbles), x + 32 * b + 16 + 4 * c, stride)
-        acc = tile_scale_add(acc, dots, load_halves(s + 64 * b), scales + 4 * b, stride)
-        acc = tile_fma(acc, load_halves(s + 64 * b + 32), moments + 4 * b, stride)
     return acc
 
 
@@ -139,33 +106,161 @@ def finish(acc, bias, onto, y, stride):
     tile_store(acc, y, stride)
 
 
-def _linear(name, panel, panel_bytes, scale_bytes):
-    """The kernel of a format: bytes of weights and of scales for 32 columns of a panel."""
+# --- tile registers -----------------------------------------------------------------------------------------
+@inline
+def panels_together(k):
+    """How many unpacked panels fit in a core's cache beside everything else."""
+    return max(1, UNPACKED // (16 * k))
+
+
+# --- a quantised format -------------------------------------------------------------------------------------
+def _block_linear(name, blocks):
+    """The kernel of a quantised format; activations come as int8."""
+    low, high, scale, minimum = blocks.planes.low, blocks.planes.high, blocks.scale, blocks.minimum
+    second, offset, block_bytes, scale_bytes = (
+        blocks.second_scale,
+        blocks.offset,
+        blocks.planes.nbytes,
+        blocks.scale_bytes,
+    )
+    shift = max(offset, 1).bit_length() - 1
 
     @inline
-    def tile(zeros, w, p, x, x_stride, y, y_stride, onto):
+    def start(zeros, sums, stride):
+        """Integer sums, begun with what undoes the offset."""
+        return tile_splat_ints(zeros, sums, stride, i4(shift)) if offset else tile_ints(zeros)
+
+    @inline
+    def dots_low(dots, w, x, stride):
+        for c in range(4):
+            dots = tile_dot4(dots, low(w, c), x + 4 * c, stride)
+        return dots
+
+    @inline
+    def dots_high(dots, w, x, stride):
+        for c in range(4):
+            dots = tile_dot4(dots, high(w, c), x + 16 + 4 * c, stride)
+        return dots
+
+    # The three ways a block adds to floats: by one scale; with a minimum; by a scale for each half.
+    if second is not None:
+
+        @inline
+        def add_block(acc, w, s, b, x, k, stride):
+            scales, sums = scales_of(x, k) + 4 * b, half_sums_of(x, k) + 8 * b
+            dots = dots_low(start(acc, sums, stride), w, x + 32 * b, stride)
+            acc = tile_scale_add(acc, dots, scale(s, b), scales, stride)
+            dots = dots_high(start(acc, sums + 4, stride), w, x + 32 * b, stride)
+            return tile_scale_add(acc, dots, second(s, b), scales, stride)
+
+        @inline
+        def multiply(x, w, out):
+            amx.product_16(x, w, out)
+            amx.product_16(x + 16, w + 256, out + 1024)
+
+        @inline
+        def add_products(acc, products, s, b, x_scales, moments):
+            acc = tile_scale_add_stored(acc, products, scale(s, b), x_scales + 64 * b)
+            return tile_scale_add_stored(acc, products + 1024, second(s, b), x_scales + 64 * b)
+
+    else:
+
+        @inline
+        def add_block(acc, w, s, b, x, k, stride):
+            dots = dots_low(start(acc, sums_of(x, k) + 4 * b, stride), w, x + 32 * b, stride)
+            dots = dots_high(dots, w, x + 32 * b, stride)
+            acc = tile_scale_add(acc, dots, scale(s, b), scales_of(x, k) + 4 * b, stride)
+            if minimum is not None:
+                acc = tile_fma(acc, minimum(s, b), moments_of(x, k) + 4 * b, stride)
+            return acc
+
+        @inline
+        def multiply(x, w, out):
+            amx.product_32(x, w, out)
+
+        @inline
+        def add_products(acc, products, s, b, x_scales, moments):
+            acc = tile_scale_add_stored(acc, products, scale(s, b), x_scales + 64 * b)
+            if minimum is not None:
+                acc = tile_fma(acc, minimum(s, b), moments + 64 * b, 4)
+            return acc
+
+    @inline
+    def tile(zeros, op, p, x, y, ahead):
+        w = op.weight
+        blocks, acc = w.k // 32, zeros
+        data, s = w.data + p * blocks * block_bytes, w.scales + p * blocks * scale_bytes
+        for b in range(blocks):
+            if ahead:
+                for j in range(0, block_bytes, 64):
+                    prefetch(data + block_bytes * b + AHEAD + j)
+                prefetch(s + scale_bytes * b + AHEAD * scale_bytes // block_bytes)
+            acc = add_block(acc, data + block_bytes * b, s, b, x, w.k, op.x.stride)
+        finish(acc, w.bias + 64 * p if w.bias != 0 else i8(0), op.onto != 0, y + 64 * p, op.y.stride)
+
+    @inline
+    def unpack(w, p, out):
+        """Panel p -> signed bytes [k/4][16][4]."""
         blocks = w.k // 32
-        data, scales = w.data + p * blocks * panel_bytes, w.scales + p * blocks * scale_bytes
-        acc = panel(zeros, data, scales, x, w.k, x_stride)
-        finish(acc, w.bias + 64 * p if w.bias != 0 else i8(0), onto, y + 64 * p, y_stride)
+        for b in range(blocks):
+            block, to = w.data + (p * blocks + b) * block_bytes, out + 512 * b
+            for c in range(4):
+                store_bytes(to + 64 * c, subtract_bytes(low(block, c), i4(offset)))
+                store_bytes(to + 256 + 64 * c, subtract_bytes(high(block, c), i4(offset)))
+
+    @inline
+    def tile_amx(w, p, onto, x, panel, products, y, y_stride):
+        """16 tokens; the integers of a block are multiplied while those of the one before are scaled."""
+        blocks, acc, s = w.k // 32, tile16(), w.scales + p * (w.k // 32) * scale_bytes
+        x_scales, moments = x + 16 * scales_of(i8(0), w.k), x + 16 * moments_of(i8(0), w.k)
+        multiply(x, panel, products)
+        for b in range(1, blocks):
+            multiply(x + 512 * b, panel + 512 * b, products + 2048 * (b & 1))
+            acc = add_products(acc, products + 2048 * (b - 1 & 1), s, b - 1, x_scales, moments)
+        acc = add_products(acc, products + 2048 * (blocks - 1 & 1), s, blocks - 1, x_scales, moments)
+        finish(acc, w.bias + 64 * p if w.bias != 0 else i8(0), onto, y, y_stride)
+
+    @inline
+    def linear_amx(call, op, tid, n, rows):
+        """All whole groups of 16 tokens; how many tokens that were. Some panels at a time are unpacked, to be
+        used for all tokens."""
+        w, done = op.weight, rows // 16 * 16
+        if done == 0:
+            return done
+        lo, hi = share(w.n // 16, tid, n)
+        products = call.scratch + tid * call.scratch_stride
+        panels, many = products + PRODUCTS, panels_together(w.k)
+        amx.configure(products)
+        for first in range(lo, hi, many):
+            last = min(first + many, hi)
+            for p in range(first, last):
+                unpack(w, p, panels + 16 * w.k * (p - first))
+            for t in range(0, done, 16):
+                x = op.x.data + t * op.x.stride
+                for p in range(first, last):
+                    y = op.y.data + t * op.y.stride + 64 * p
+                    panel = panels + 16 * w.k * (p - first)
+                    tile_amx(w, p, op.onto != 0, x, panel, products, y, op.y.stride)
+        amx.release()
+        return done
 
     @kernel(OPERATION, f"linear_{name}")
     def linear(call, op, tid, n):
-        w, me, rows = op.weight, reader(call, op, tid), rows_of(call, op)
-        lo, hi = share(w.n // 16, tid, n)
-        xs, ys, onto = op.x.stride, op.y.stride, op.onto != 0
+        me, rows = reader(call, op, tid), rows_of(call, op)
+        lo, hi = share(op.weight.n // 16, tid, n)
+        first = linear_amx(call, op, tid, n, rows) if amx.AVAILABLE else i8(0)
         for p in range(lo, hi):
-            t = 0
+            t = first
             while t < rows:
-                x, y = row(op.x, t, me), op.y.data + t * ys
+                x, y = row(op.x, t, me), op.y.data + t * op.y.stride
                 if rows - t == 1:
-                    tile(tile1(), w, p, x, xs, y, ys, onto)
+                    tile(tile1(), op, p, x, y, t == first)
                     t += 1
                 elif rows - t <= 4:
-                    tile(tile4(), w, p, x, xs, y, ys, onto)
+                    tile(tile4(), op, p, x, y, t == first)
                     t += 4
                 else:
-                    tile(tile8(), w, p, x, xs, y, ys, onto)
+                    tile(tile8(), op, p, x, y, t == first)
                     t += 8
 
     return linear
@@ -176,7 +271,7 @@ def _float_linear(name, panel, panels, element):
 
     @inline
     def tile(zeros, w, p, x, x_stride, y, y_stride, onto):
-        acc = panel(zeros, w.data + p * w.k * element * 16, i8(0), x, w.k, x_stride)
+        acc = panel(zeros, w.data + p * w.k * element * 16, x, w.k, x_stride)
         finish(acc, w.bias + 64 * p if w.bias != 0 else i8(0), onto, y + 64 * p, y_stride)
 
     @inline
@@ -220,9 +315,13 @@ def _float_linear(name, panel, panels, element):
     return linear
 
 
-linear_f32 = _float_linear("f32", panel_f32, panels_f32, 4)
-linear_f16 = _float_linear("f16", panel_f16, panels_f16, 2)
-linear_bf16 = _float_linear("bf16", panel_bf16, panels_bf16, 2)
-linear_q8_0 = _linear("q8_0", panel_q8_0, 512, 32)
-linear_q4_0 = _linear("q4_0", panel_q4_0, 256, 32)
-linear_q4_1 = _linear("q4_1", panel_q4_1, 256, 64)
+LINEAR = {
+    "f32": _float_linear("f32", panel_f32, panels_f32, 4),
+    "f16": _float_linear("f16", panel_f16, panels_f16, 2),
+    "bf16": _float_linear("bf16", panel_bf16, panels_bf16, 2),
+} | {name: _block_linear(name, blocks) for name, blocks in BLOCKS.items()}
+
+
+def scratch_bytes(k: int) -> int:
+    """Private memory that a thread wants for linear maps over k columns: products and unpacked panels."""
+    return PRODUCTS + max(UNPACKED, 16 * k)

@@ -10,13 +10,16 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
+from tinydrug.kernels.blocks import BLOCKS
 from tinydrug.kernels.jit import Kernel, inline, kernel
-from tinydrug.kernels.linear import linear_bf16, linear_f16, linear_f32, linear_q4_0, linear_q4_1, linear_q8_0
+from tinydrug.kernels.linear import LINEAR
 from tinydrug.kernels.structs import Struct
 from tinydrug.kernels.tables import GATHER
 from tinydrug.kernels.vectors import (
     absolute,
     floats,
+    get_byte,
+    get_lane,
     load,
     load_bf16,
     load_bfloats,
@@ -24,8 +27,6 @@ from tinydrug.kernels.vectors import (
     load_f32,
     load_halves,
     load_i32,
-    load_u8,
-    load_u16,
     max_lanes,
     maximum,
     minimum,
@@ -37,7 +38,6 @@ from tinydrug.kernels.vectors import (
     store_f32,
     store_i32,
     store_low_bytes,
-    store_u16,
     to_ints,
 )
 
@@ -47,7 +47,7 @@ SOURCE = Struct(
     "Source",
     data="i8",  # address of element (0, 0)
     row_stride="i8",  # bytes from row to row,
-    column_stride="i8",  # and from column to column (float kinds only)
+    column_stride="i8",  # and from column to column (floats only)
     rows="i8",  # address of the map: source row of each output row, or -1
     k="i8",  # source columns
     group="i8",
@@ -75,29 +75,6 @@ def read_f16(row, column, stride):
 @inline
 def read_bf16(row, column, stride):
     return load_bf16(row + column * stride)
-
-
-@inline
-def read_q8_0(row, column, stride):
-    block = row + 34 * (column // 32)
-    return load_f16(block) * f4((load_u8(block + 2 + column % 32) ^ 128) - 128)
-
-
-@inline
-def nibble(bytes_, column):
-    return (load_u8(bytes_ + column % 16) >> (4 * (column % 32 // 16))) & 15
-
-
-@inline
-def read_q4_0(row, column, stride):
-    block = row + 18 * (column // 32)
-    return load_f16(block) * f4(nibble(block + 2, column) - 8)
-
-
-@inline
-def read_q4_1(row, column, stride):
-    block = row + 20 * (column // 32)
-    return load_f16(block) * f4(nibble(block + 4, column)) + load_f16(block + 2)
 
 
 # --- writers: row r of a panel, k floats -> its lane of the panel -------------------------------------------
@@ -143,13 +120,12 @@ def write_q4_0(row, r, k, data, scales, scratch):
 
 # --- packers ------------------------------------------------------------------------------------------------
 def _pack(name, read, load_many, element, write, panel_bytes, scale_bytes):
-    """The kernel that packs panels through floats. load_many reads 16 neighbours of `element` bytes (element
-    0: none)."""
+    """The kernel that packs panels through floats. load_many reads 16 neighbours of `element` bytes."""
 
     @kernel(PACK, name)
     def pack(source, lo, hi, scratch):
         k, row = source.padded_k, scratch + 64
-        plain = element > 0 and source.column_stride == element and source.group == source.padded_group
+        plain = source.column_stride == element and source.group == source.padded_group
         for p in range(lo, hi):
             data = source.data_out + p * (k // 32) * panel_bytes
             scales = source.scales_out + p * (k // 32) * scale_bytes
@@ -175,81 +151,69 @@ def _pack(name, read, load_many, element, write, panel_bytes, scale_bytes):
     return pack
 
 
-def _repack(name, block_bytes, head, offset, panel_bytes, scale_bytes):
-    """The kernel that keeps a file's own blocks: bytes are moved, none is computed. `head` bytes of scales
-    open a block; bytes are xored with `offset` (q8_0's signed bytes become q + 128)."""
+def _repack(name, blocks):
+    """The kernel that keeps a file's own blocks: bits are moved, none is computed."""
+    place, integer, copy_scales = blocks.planes.place, blocks.integer, blocks.copy_scales
+    block_bytes, scale_bytes = blocks.planes.nbytes, blocks.scale_bytes
 
     @kernel(PACK, name)
     def repack(source, lo, hi, scratch):
-        blocks, words = source.padded_k // 32, (block_bytes - head) // 4
+        n = source.padded_k // 32
         for p in range(lo, hi):
             for r in range(16):
                 index = load_i32(source.rows + 4 * (16 * p + r))
                 if index < 0:
                     continue  # the panels come zeroed: scale 0
                 row = source.data + index * source.row_stride
-                for b in range(blocks):
-                    block = row + b * block_bytes
-                    out = source.data_out + (p * blocks + b) * panel_bytes
-                    for c in range(words):
-                        store_i32(out + 64 * c + 4 * r, load_i32(block + head + 4 * c) ^ i4(offset))
-                    scales = source.scales_out + (p * blocks + b) * scale_bytes
-                    for s in range(head // 2):
-                        store_u16(scales + 32 * s + 2 * r, load_u16(block + 2 * s))
+                for b in range(n):
+                    out = source.data_out + (p * n + b) * block_bytes
+                    for c in range(32):
+                        place(out, r, c, integer(row, 32 * b + c))
+                    copy_scales(row, b, r, source.scales_out + p * n * scale_bytes)
 
     return repack
 
 
 # --- one row of a packed matrix, as floats: for the embedding -----------------------------------------------
-def _gather(name, element):
+def _gather(name, load_one, element):
     @kernel(GATHER, f"gather_{name}")
     def gather(weight, index, out):
-        p, r = index // 16, index % 16
+        panel, r = weight.data + 16 * element * weight.k * (index // 16), index % 16
         for c in range(weight.k):
-            store_f32(out + 4 * c, element(weight, p, r, c))
+            store_f32(out + 4 * c, load_one(panel + element * (16 * c + r)))
 
     return gather
 
 
-@inline
-def element_f32(w, p, r, c):
-    return load_f32(w.data + 4 * ((p * w.k + c) * 16 + r))
+def _gather_blocks(name, blocks):
+    low, high, scale, offset = blocks.planes.low, blocks.planes.high, blocks.scale, blocks.offset
+    minimum, second = blocks.minimum, blocks.second_scale or blocks.scale
+    block_bytes, scale_bytes = blocks.planes.nbytes, blocks.scale_bytes
+    if minimum is None:
 
+        @inline
+        def minimum(s, b):
+            return floats(f4(0.0))
 
-@inline
-def element_f16(w, p, r, c):
-    return load_f16(w.data + 2 * ((p * w.k + c) * 16 + r))
+    @kernel(GATHER, f"gather_{name}")
+    def gather(weight, index, out):
+        p, r, n = index // 16, index % 16, weight.k // 32
+        s = weight.scales + p * n * scale_bytes
+        for b in range(n):
+            w, to = weight.data + (p * n + b) * block_bytes, out + 128 * b
+            first, other, least = (
+                get_lane(scale(s, b), r),
+                get_lane(second(s, b), r),
+                get_lane(minimum(s, b), r),
+            )
+            for c in range(4):
+                quad, next_quad = low(w, c), high(w, c)
+                for i in range(4):
+                    q, next_q = get_byte(quad, 4 * r + i), get_byte(next_quad, 4 * r + i)
+                    store_f32(to + 16 * c + 4 * i, first * f4(q - offset) + least)
+                    store_f32(to + 64 + 16 * c + 4 * i, other * f4(next_q - offset) + least)
 
-
-@inline
-def element_bf16(w, p, r, c):
-    return load_bf16(w.data + 2 * ((p * w.k + c) * 16 + r))
-
-
-@inline
-def element_q8_0(w, p, r, c):
-    block = p * (w.k // 32) + c // 32
-    q = load_u8(w.data + 512 * block + 64 * (c % 32 // 4) + 4 * r + c % 4)
-    return load_f16(w.scales + 32 * block + 2 * r) * f4(q - 128)
-
-
-@inline
-def packed_nibble(w, block, r, c):
-    byte = load_u8(w.data + 256 * block + 64 * (c % 16 // 4) + 4 * r + c % 4)
-    return (byte >> (4 * (c % 32 // 16))) & 15
-
-
-@inline
-def element_q4_0(w, p, r, c):
-    block = p * (w.k // 32) + c // 32
-    return load_f16(w.scales + 32 * block + 2 * r) * f4(packed_nibble(w, block, r, c) - 8)
-
-
-@inline
-def element_q4_1(w, p, r, c):
-    block = p * (w.k // 32) + c // 32
-    scale = load_f16(w.scales + 64 * block + 2 * r)
-    return scale * f4(packed_nibble(w, block, r, c)) + load_f16(w.scales + 64 * block + 32 + 2 * r)
+    return gather
 
 
 # --- the registry: kinds of tensors a file may hold, and formats a panel may have ---------------------------
@@ -264,13 +228,10 @@ class Format(NamedTuple):
     quantised: bool  # activations come as int8
 
 
-_READ = {  # kind of source -> element reader, vector reader, bytes of an element (0: blocks)
+_READ = {  # kind of source -> element reader, vector reader, bytes of an element
     "f32": (read_f32, load, 4),
     "f16": (read_f16, load_halves, 2),
     "bf16": (read_bf16, load_bfloats, 2),
-    "q8_0": (read_q8_0, load, 0),
-    "q4_0": (read_q4_0, load, 0),
-    "q4_1": (read_q4_1, load, 0),
 }
 _WRITE = {
     "f32": _write_floats(store_f32, 4),
@@ -280,12 +241,11 @@ _WRITE = {
     "q4_0": write_q4_0,
 }
 FORMATS = {
-    "f32": Format(2048, 0, linear_f32, _gather("f32", element_f32), False),
-    "f16": Format(1024, 0, linear_f16, _gather("f16", element_f16), False),
-    "bf16": Format(1024, 0, linear_bf16, _gather("bf16", element_bf16), False),
-    "q8_0": Format(512, 32, linear_q8_0, _gather("q8_0", element_q8_0), True),
-    "q4_0": Format(256, 32, linear_q4_0, _gather("q4_0", element_q4_0), True),
-    "q4_1": Format(256, 64, linear_q4_1, _gather("q4_1", element_q4_1), True),
+    name: Format(512 * element, 0, LINEAR[name], _gather(name, load_one, element), False)
+    for name, load_one, element in (("f32", load_f32, 4), ("f16", load_f16, 2), ("bf16", load_bf16, 2))
+} | {
+    name: Format(blocks.planes.nbytes, blocks.scale_bytes, LINEAR[name], _gather_blocks(name, blocks), True)
+    for name, blocks in BLOCKS.items()
 }
 PACKERS = {  # (kind of source, format) -> kernel
     (kind, name): _pack(
@@ -293,10 +253,4 @@ PACKERS = {  # (kind of source, format) -> kernel
     )
     for kind, read in _READ.items()
     for name, write in _WRITE.items()
-} | {
-    ("q8_0", "q8_0"): _repack(
-        "repack_q8_0", 34, 2, -2139062144, 512, 32
-    ),  # 0x80808080: signed bytes to q + 128
-    ("q4_0", "q4_0"): _repack("repack_q4_0", 18, 2, 0, 256, 32),
-    ("q4_1", "q4_1"): _repack("repack_q4_1", 20, 4, 0, 256, 64),
-}
+} | {(name, name): _repack(f"repack_{name}", blocks) for name, blocks in BLOCKS.items()}

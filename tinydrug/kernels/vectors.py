@@ -215,6 +215,11 @@ def store_low_bytes(b, p, x):
     _store(b, p, b.trunc(x, ir.VectorType(i8, LANES)), 1)
 
 
+@op(void(address, B))
+def store_bytes(b, p, x):
+    _store(b, p, x, 1)
+
+
 def _load_halves(b, p):
     return b.fpext(_load(b, p, ir.VectorType(ELEMENTS["f16"], LANES), 2), _llvm(F))
 
@@ -239,6 +244,27 @@ def load_bfloats(b, p):
     return _load_bfloats(b, p)
 
 
+@op(F(address))
+def load_unsigned_bytes(b, p):
+    """16 bytes 0 .. 255 as floats."""
+    return b.uitofp(_load(b, p, ir.VectorType(i8, LANES), 1), _llvm(F))
+
+
+@op(F(address))
+def load_signed_bytes(b, p):
+    """16 bytes -128 .. 127 as floats."""
+    return b.sitofp(_load(b, p, ir.VectorType(i8, LANES), 1), _llvm(F))
+
+
+@op(void(address))
+def prefetch(b, p):
+    """Ask for the cache line at p, for the second level of cache: it need not exist."""
+    pointer = i8.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+    fn = b.module.globals.get("llvm.prefetch.p0") or ir.Function(b.module, kind, "llvm.prefetch.p0")
+    b.call(fn, [b.inttoptr(p, pointer), i32(0), i32(2), i32(1)])
+
+
 # --- vectors: making and converting -------------------------------------------------------------------------
 @op(F(f32))
 def floats(b, x):
@@ -258,6 +284,11 @@ def lane(b):
 @op(f32(F, address))
 def get_lane(b, x, k):
     return b.extract_element(x, k)
+
+
+@op(address(B, address))
+def get_byte(b, x, k):
+    return b.zext(b.extract_element(x, k), i64)
 
 
 @op(F(F, address, f32))
@@ -352,6 +383,26 @@ def shift_right_signed(b, x, n):
 def shift_right_each(b, x, n):
     """Every lane by its own count."""
     return b.lshr(x, n)
+
+
+@op(B(B, s32))
+def subtract_bytes(b, x, n):
+    return b.sub(x, _splat(b, b.trunc(n, i8), 4 * LANES))
+
+
+@op(B(B, B))
+def either(b, x, y):
+    return b.or_(x, y)
+
+
+@op(B(B, address, address, s32))
+def bits_to(b, x, low, place, mask):
+    """Of every byte, the bits `mask` (at bit 0) found at bit `low`, moved to bit `place`."""
+    words, up = b.bitcast(x, _llvm(I)), b.icmp_signed(">=", place, low)
+    left = b.shl(words, _splat(b, b.trunc(b.select(up, b.sub(place, low), i64(0)), i32)))
+    right = b.lshr(left, _splat(b, b.trunc(b.select(up, i64(0), b.sub(low, place)), i32)))
+    keep = _splat(b, b.trunc(b.shl(mask, b.trunc(place, i32)), i8), 4 * LANES)
+    return b.and_(b.bitcast(right, _llvm(B)), keep)
 
 
 @op(B(B))
@@ -449,8 +500,8 @@ def _zeros(r):
     return zeros
 
 
-tile1, tile2, tile4, tile8 = map(
-    _zeros, (1, 2, 4, 8)
+tile1, tile2, tile4, tile8, tile16 = map(
+    _zeros, (1, 2, 4, 8, 16)
 )  # a tile of zeros; its type carries r through the kernels
 
 
@@ -579,7 +630,7 @@ def _dot4_portable(b, acc, w, x):
     return acc
 
 
-_DOT4 = {"avx512vnni": _dot4_vnni, "avx2": _dot4_avx2, "portable": _dot4_portable}[ISA]
+_DOT4 = {"amx": _dot4_vnni, "avx512vnni": _dot4_vnni, "avx2": _dot4_avx2, "portable": _dot4_portable}[ISA]
 
 
 @op(lambda t, *a: t(t, B, address, address))
@@ -601,6 +652,21 @@ def tile_scale_add(b, t, a, s, p, step):
         x = _splat(b, _load(b, _row_address(b, p, step, r), ELEMENTS["f32"], 4))
         ints_as_floats = b.sitofp(b.extract_value(a, r), _llvm(F))
         return _call(b, "llvm.fma.v16f32", acc.type, [ints_as_floats, b.fmul(s, x), acc])
+
+    return _rowwise(b, t, row)
+
+
+@op(lambda t, *a: t(t, address, F, address))
+def tile_scale_add_stored(b, t, a, s, p):
+    """The same for integers stored at a + 64 r, and floats at p + 4 r."""
+
+    def row(r, acc):
+        x = _splat(b, _load(b, _row_address(b, p, i64(4), r), ELEMENTS["f32"], 4))
+        ints_as_floats = b.sitofp(_load(b, _row_address(b, a, i64(64), r), _llvm(I), 4), _llvm(F))
+        acc = _call(b, "llvm.fma.v16f32", acc.type, [ints_as_floats, b.fmul(s, x), acc])
+        if r % 4 == 3:  # else the compiler loads all rows first, and runs out of registers
+            b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
+        return acc
 
     return _rowwise(b, t, row)
 

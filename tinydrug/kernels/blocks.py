@@ -1,0 +1,187 @@
+"""The quantised weight formats: ggml's blocks, as a file has them and as they lie in panels.
+
+A weight is scale * (integer - offset), or scale * integer + minimum. Every bit of a file is kept: integers go
+to their planes (planes.py), scales and minima lie beside them, one a row of the panel:
+
+    q8_0, q4_0, q5_0   [block][16] f16
+    q4_1, q5_1         [block][2][16] f16: scales, minima
+    q4_k, q5_k         [8 blocks: [8][16] u8, [8][16] u8, [16] f16, [16] f16]: 6-bit scales and minima, what
+                       to multiply each with (minima are subtracted)
+    q6_k               [8 blocks: [16][16] i8, [16] f16]: a scale for every 16 columns, what to multiply with
+
+Formulas: ggml-quants.c, dequantize_row_*.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tinydrug.kernels.jit import inline
+from tinydrug.kernels.planes import PLANES, Planes
+from tinydrug.kernels.vectors import (
+    load_halves,
+    load_signed_bytes,
+    load_u8,
+    load_u16,
+    load_unsigned_bytes,
+    store_u8,
+    store_u16,
+)
+
+f4 = np.float32
+
+
+class Blocks(NamedTuple):
+    """A quantised format."""
+
+    planes: Planes
+    offset: int  # of the stored integers; 0 where there is a minimum
+    scale_bytes: int  # of a block of a panel
+    scale: object  # (scales of the panel, block) -> F, a lane a row
+    minimum: object  # the same, or None
+    second_scale: object  # the same for columns 16 .. 31, or None: they share it
+    integer: object  # (row of a file, column) -> the stored integer
+    copy_scales: object  # (row of a file, block, row of the panel, scales of the panel)
+
+
+# --- one f16 scale a block; perhaps a minimum ---------------------------------------------------------------
+@inline
+def scale_1(s, b):
+    return load_halves(s + 32 * b)
+
+
+@inline
+def scale_2(s, b):
+    return load_halves(s + 64 * b)
+
+
+@inline
+def minimum_2(s, b):
+    return load_halves(s + 64 * b + 32)
+
+
+def _copy_halves(block_bytes, halves):
+    """The first numbers of a file's block -> panel."""
+
+    @inline
+    def copy_scales(row, b, r, scales):
+        for i in range(halves):
+            store_u16(scales + 32 * (halves * b + i) + 2 * r, load_u16(row + block_bytes * b + 2 * i))
+
+    return copy_scales
+
+
+@inline
+def integer_q8_0(row, column):
+    return load_u8(row + 34 * (column // 32) + 2 + column % 32) ^ 128  # signed to q + 128
+
+
+def _nibble(block_bytes, head):
+    @inline
+    def integer(row, column):
+        byte = load_u8(row + block_bytes * (column // 32) + head + column % 16)
+        return (byte >> 4 * (column % 32 // 16)) & 15
+
+    return integer
+
+
+def _nibble_and_bit(block_bytes, head):
+    nibble = _nibble(block_bytes, head + 4)
+
+    @inline
+    def integer(row, column):
+        byte = load_u8(row + block_bytes * (column // 32) + head + column % 32 // 8)
+        return nibble(row, column) | ((byte >> column % 8) & 1) << 4
+
+    return integer
+
+
+# --- K: blocks of 32 in super-blocks of 256 -----------------------------------------------------------------
+@inline
+def scale_k(s, b):
+    s += 320 * (b // 8)
+    return load_halves(s + 256) * load_unsigned_bytes(s + 16 * (b % 8))
+
+
+@inline
+def minimum_k(s, b):
+    s += 320 * (b // 8)
+    return load_halves(s + 288) * load_unsigned_bytes(s + 128 + 16 * (b % 8)) * f4(-1.0)
+
+
+def _copy_scales_k(block_bytes):
+    @inline
+    def copy_scales(row, b, r, scales):
+        block, j = row + block_bytes * (b // 8), b % 8
+        packed, s = block + 4, scales + 320 * (b // 8)
+        if j < 4:
+            scale, minimum = load_u8(packed + j) & 63, load_u8(packed + j + 4) & 63
+        else:
+            scale = (load_u8(packed + j + 4) & 15) | (load_u8(packed + j - 4) >> 6) << 4
+            minimum = load_u8(packed + j + 4) >> 4 | (load_u8(packed + j) >> 6) << 4
+        store_u8(s + 16 * j + r, scale)
+        store_u8(s + 128 + 16 * j + r, minimum)
+        store_u16(s + 256 + 2 * r, load_u16(block))
+        store_u16(s + 288 + 2 * r, load_u16(block + 2))
+
+    return copy_scales
+
+
+def _nibble_k(block_bytes, head):
+    """64 columns share 32 bytes: the first 32 are the low nibbles."""
+
+    @inline
+    def integer(row, column):
+        byte = load_u8(row + block_bytes * (column // 256) + head + 32 * (column % 256 // 64) + column % 32)
+        return (byte >> 4 * (column % 64 // 32)) & 15
+
+    return integer
+
+
+nibble_q5_k = _nibble_k(176, 48)
+
+
+@inline
+def integer_q5_k(row, column):
+    byte = load_u8(row + 176 * (column // 256) + 16 + column % 32)
+    return nibble_q5_k(row, column) | ((byte >> column % 256 // 32) & 1) << 4
+
+
+@inline
+def scale_q6_k(s, b):
+    s += 288 * (b // 8)
+    return load_halves(s + 256) * load_signed_bytes(s + 32 * (b % 8))
+
+
+@inline
+def second_scale_q6_k(s, b):
+    s += 288 * (b // 8)
+    return load_halves(s + 256) * load_signed_bytes(s + 32 * (b % 8) + 16)
+
+
+@inline
+def integer_q6_k(row, column):
+    block, c = row + 210 * (column // 256), column % 256
+    half, c = c // 128, c % 128  # 128 columns share 64 bytes of nibbles and 32 of upper bits
+    nibbles, upper = load_u8(block + 64 * half + c % 64), load_u8(block + 128 + 32 * half + c % 32)
+    return (nibbles >> 4 * (c // 64)) & 15 | ((upper >> 2 * (c // 32)) & 3) << 4
+
+
+@inline
+def copy_scales_q6_k(row, b, r, scales):
+    block, s = row + 210 * (b // 8), scales + 288 * (b // 8)
+    for i in range(2 * (b % 8), 2 * (b % 8) + 2):
+        store_u8(s + 16 * i + r, load_u8(block + 192 + i))
+    store_u16(s + 256 + 2 * r, load_u16(block + 208))
+
+
+BLOCKS = {
+    "q8_0": Blocks(PLANES[8], 128, 32, scale_1, None, None, integer_q8_0, _copy_halves(34, 1)),
+    "q4_0": Blocks(PLANES[4], 8, 32, scale_1, None, None, _nibble(18, 2), _copy_halves(18, 1)),
+    "q5_0": Blocks(PLANES[5], 16, 32, scale_1, None, None, _nibble_and_bit(22, 2), _copy_halves(22, 1)),
+    "q4_1": Blocks(PLANES[4], 0, 64, scale_2, minimum_2, None, _nibble(20, 4), _copy_halves(20, 2)),
+    "q5_1": Blocks(PLANES[5], 0, 64, scale_2, minimum_2, None, _nibble_and_bit(24, 4), _copy_halves(24, 2)),
+    "q4_k": Blocks(PLANES[4], 0, 40, scale_k, minimum_k, None, _nibble_k(144, 16), _copy_scales_k(144)),
+    "q5_k": Blocks(PLANES[5], 0, 40, scale_k, minimum_k, None, integer_q5_k, _copy_scales_k(176)),
+    "q6_k": Blocks(PLANES[6], 32, 36, scale_q6_k, None, second_scale_q6_k, integer_q6_k, copy_scales_q6_k),
+}
