@@ -25,7 +25,7 @@ def runtime(
     config = architecture.config(Fields(checkpoint.config, path), tensors)
     needs = architecture.needs(config, checkpoint.metadata is not None)
     check(needs, tensors, path)
-    weights = Weights(needs, tensors, quant, threads)
+    weights = Weights(needs, tensors, quant, threads, packed=checkpoint.packed)
     return Runtime(
         config,
         weights,

@@ -1,13 +1,14 @@
 """The second reference: every formula in float64 NumPy, written from its definition, one query at a time.
 
-Letters: T tokens, S keys, D hidden size, H query heads, G key/value heads, d head size. Noise is a hook
+Letters: T tokens, S keys, D hidden size, F MLP size, H query heads, G key/value heads, d head size. Noise is
+a hook
 
     noise(site, layer, x, positions, query=None) -> what x becomes
 
-with x of shape (T, D) at H, (T, H, d) at Q and A, (T, G, d) at pK, and positions (T,) of its rows. At K and V
-it is called once for every reading token: x is all keys (or values) up to it, (S, G, d), positions (S,) are
-theirs and `query` is the reader's. So a draw belongs to (layer, head, key position, query position), and what
-is cached stays as it was.
+with x of shape (T, D) at H, (T, F) at M, (T, H, d) at Q and A, (T, G, d) at pK, and positions (T,) of its
+rows. At K and V it is called once for every reading token: x is all keys (or values) up to it, (S, G, d),
+positions (S,) are theirs and `query` is the reader's. So a draw belongs to (layer, head, key position, query
+position), and what is cached stays as it was.
 """
 
 import math
@@ -184,6 +185,22 @@ def rotate(x: np.ndarray, r: np.ndarray, phi: np.ndarray) -> np.ndarray:
     return out
 
 
+def add(x: np.ndarray, r: np.ndarray, phi: np.ndarray) -> np.ndarray:
+    """x (..., d) plus phi (...) times its own length in the direction r (..., d); the length is not kept."""
+    length, r_length = (np.linalg.norm(v, axis=-1, keepdims=True) for v in (x, r))
+    return x + np.asarray(phi, float)[..., None] * length * r / np.where(r_length > 0, r_length, 1)
+
+
+def nlerp(x: np.ndarray, r: np.ndarray, phi: np.ndarray) -> np.ndarray:
+    """x (..., d) plus phi (...) times |x| o/|o|, o the part of r orthogonal to x; then as long as x again."""
+    moved = x + np.asarray(phi, float)[..., None] * rotate(x, r, math.pi / 2)
+    length, longer = (np.linalg.norm(v, axis=-1, keepdims=True) for v in (x, moved))
+    return moved * length / np.where(longer > 0, longer, 1)
+
+
+FORMS = {"rotation": rotate, "L2": add, "NL": nlerp}  # by the name a dose has for it
+
+
 # --- block quantisation, by ggml's rules; float32 where ggml's result depends on it
 
 
@@ -262,7 +279,7 @@ def llama(config: dict, w: dict, ids: np.ndarray, noise: Callable = sober, whole
         x = x + linear(y.reshape(T, -1), f"{layer}.self_attn.o_proj")
         h = rms_norm(x, w[f"{layer}.post_attention_layernorm.weight"], eps)
         gate, up = linear(h, f"{layer}.mlp.gate_proj"), linear(h, f"{layer}.mlp.up_proj")
-        x = x + linear(silu(gate) * up, f"{layer}.mlp.down_proj")
+        x = x + linear(noise("M", i, silu(gate) * up, positions), f"{layer}.mlp.down_proj")
     head = w["embed_tokens.weight"] if config["tie_word_embeddings"] else w["lm_head.weight"]
     return rms_norm(x, w["norm.weight"], eps) @ head.T
 
@@ -287,7 +304,8 @@ def gpt2(config: dict, w: dict, ids: np.ndarray, noise: Callable = sober) -> np.
         k = noise("pK", i, k, positions)
         y = noise("A", i, self_attention(q, k, v, positions, i, noise), positions)
         x = x + linear(y.reshape(T, -1), f"h.{i}.attn.c_proj")
-        x = x + linear(activate(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj")
+        h = activate(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"))
+        x = x + linear(noise("M", i, h, positions), f"h.{i}.mlp.c_proj")
     return norm(x, "ln_f") @ w["wte.weight"].T
 
 

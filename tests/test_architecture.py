@@ -13,9 +13,10 @@ from tinydrug.noise import SITES
 
 PACKAGE = Path(tinydrug.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-RANKS = ["kernels", "formats", "noise", "models", "engine", "text", "hub", "api", "loading"]
-TOP = ["cli", "server", "lab", "__main__"]  # on all of these, and never on each other
+RANKS = ["kernels", "formats", "noise", "models", "engine", "text", "hub", "api", "loading", "lab"]
+TOP = ["cli", "server", "__main__"]  # on all of these, and never on each other
 HEAVY = {"tokenizers", "sentencepiece", "jinja2", "gguf", "huggingface_hub", "safetensors"}
+HEAVY |= {"matplotlib", "plotly", "scipy", "dask", "distributed"}
 
 
 def module_of(path: Path) -> str:

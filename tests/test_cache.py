@@ -7,7 +7,9 @@ from engines import cached, edited, feed, logits, runtime, session
 
 from tinydrug.engine.cache import RingCache, slots_needed
 from tinydrug.errors import ContextOverflow, PromptError
+from tinydrug.formats.config import Fields
 from tinydrug.kernels.attention import BLOCK
+from tinydrug.models import llama
 
 WINDOW = 16  # of the spec mistral-window
 
@@ -50,6 +52,22 @@ def run(tiny_model):
 )
 def test_slots(n_ctx, window, chunk, rewind, slots):
     assert slots_needed(n_ctx, window, chunk, rewind) == slots
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "window"),
+    [
+        ("mistral", {}, 4096),  # as transformers has it, where the field is absent
+        ("mistral", {"sliding_window": None}, None),  # null is no window
+        ("mistral", {"sliding_window": 16}, 16),
+        ("llama", {"sliding_window": 16}, None),
+    ],
+)
+def test_the_window_a_config_asks_for(kind, given, window):
+    sizes = {"hidden_size": 64, "num_attention_heads": 16, "num_hidden_layers": 1, "intermediate_size": 64}
+    config = llama.config(Fields({"model_type": kind, "vocab_size": 96} | sizes | given, "config.json"), {})
+    assert config.sliding_window == window
+    assert (config.n_kv_heads, config.max_seq_len) == ((8, 131072) if kind == "mistral" else (16, 2048))
 
 
 def test_memory(run):
@@ -157,7 +175,7 @@ def test_any_history_equals_a_fresh_sequence(name, run):
     model, rng = run(name, n_ctx=512, chunk=24, rewind_every=30), np.random.default_rng(5)
     exact = {}
     for _ in range(25):
-        sequence = session(model, "H:0.3,K:0.4,V:0.5", 1)
+        sequence = session(model, "H:0.3,K:0.4,V:0.5,drift:0.3,diffusion:0.2", 1)
         for _ in range(12):
             action = rng.integers(5)
             if action < 3:

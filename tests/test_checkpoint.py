@@ -114,6 +114,15 @@ def test_gguf_file_and_folder_of_one(folder):
         assert checkpoint.generation_config == {}
 
 
+def test_packed_weights_stand_for_the_folder(folder):
+    """Whatever lies beside them; what they are is for test_packed.py."""
+    path = folder({"packed.safetensors": A, **CONFIG, SINGLE: A, "m.gguf": gguf_model()})
+    for given in (path, path / "packed.safetensors"):
+        with pytest.raises(BadModelFile, match="packed.safetensors: not packed weights: run `tinydrug quan"):
+            open_checkpoint(given)
+    assert open_checkpoint(path / SINGLE).packed is None
+
+
 def test_gguf_without_a_tokenizer_has_it_beside(folder):
     path = folder({"m.gguf": gguf_model()})
     assert open_checkpoint(path / "m.gguf").folder == path

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
 import tinydrug
 from tinydrug.cli import main, options
+from tinydrug.errors import DrugError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, str(CHECKOUT / "cli.py")]
@@ -161,7 +162,8 @@ def test_the_drug_and_its_schedule(command, spoken, tmp_path):
     assert command(*common, "--drug", drug, "--drug-seed", "6", "-q")[0] not in (sober, drugged)
     short = command(*common, "--drug", drug, "-n", "1")[1]
     assert "warning: the noise moved nothing" in short
-    assert "warning: --drug-sink changes nothing without --drug" in command(*common, "--drug-sink", "0")[1]
+    for flags in (["--drug-sink", "0"], ["--drug-protect-special"]):
+        assert f"warning: {flags[0]} changes nothing without --drug" in command(*common, *flags)[1]
 
 
 def test_where_a_text_ends(command, spoken):
@@ -514,7 +516,7 @@ def test_models(command, tmp_path, spoken):
     (tmp_path / "home" / "notes.txt").write_text("")
     lines = command("models")[0].splitlines()
     assert lines[0].startswith("smollm2-135m (default)") and "on disk" not in lines[0]
-    assert lines[-1].split() == ["mine", "on", "disk", "your", "own"]
+    assert re.fullmatch(r"mine +[\d.e-]+ GB +on disk +your own", lines[-1])
     assert not any("notes" in line for line in lines)
     said = command("-m", "mine", "-p", "abc", "-n", "1", "-v", "-c", "50")[1]
     assert said.startswith("model mine: ") and "threads, context 50" in said
@@ -564,7 +566,7 @@ USAGE = {  # flags: what the message says
     "--xyzzy": "there is no --xyzzy: see --help",
     "--dru V:1": "there is no --dru: did you mean --drug?",
     "-hf a/b": "there is no -hf: use -m ORG/NAME --pull",
-    "chat": "there is no command 'chat', only models",
+    "chat": "there is no command 'chat', only ",
     "-p abc def": "unexpected 'def': a prompt goes after -p",
     "-m": "-m/--model: expected one argument",
     "-n x": "-n/--predict/--n-predict/--max-tokens: 'x' is not a whole number of at least -1",
@@ -649,6 +651,169 @@ def test_bad_values_for_this_model(command, spoken, flags):
     out, said = command("-m", spoken("llama-mha"), "-p", "abc", *flags.split(" "), "-q", status=2)
     refused(said, LOADED[flags])
     assert out == "" and said.count("\n") == 1
+
+
+NOISE = {  # flags of noise, of what is kept and of other attention: what the message says. In this process
+    "--rewind-every x": "--rewind-every: 'x' is not a whole number of at least 0",
+    "--rewind-every -1": "--rewind-every: '-1' is not a whole number of at least 0",
+    "--rewind-every 1.5": "--rewind-every: '1.5' is not a whole number of at least 0",
+    "--rewind-every": "--rewind-every: expected one argument",
+    "--rewind-every 2147483648": "--rewind-every: 2147483648 is not a whole number of at most 2147483647",
+    "--verify-noise=yes": "--verify-noise: ignored explicit argument 'yes'",
+    "--drug-protect-special=1": "--drug-protect-special: ignored explicit argument '1'",
+    "--record": "--record: expected one argument",
+    "--record -": "--record: give it a file of its own",
+    "--record out -o out": "--record: give it a file of its own",
+    "--record ./out -o out": "--record: give it a file of its own",
+    "--record a/../out -o ./out": "--record: give it a file of its own",
+    "--record .": "--record: .: Is a directory",
+    "--record=": "--record: ",
+    "--record nowhere/out": "--record: nowhere/out: No such file or directory",
+    "--drift": "--drift",
+    "--drift=": "drift is missing",
+    "--drift x": "drift 'x' is not a number",
+    "--drift 3deg": "drift '3deg' is not a number",
+    "--drift nan": "drift must be a finite number, not nan",
+    "--drift -inf": "drift must be a finite number, not -inf",
+    "--drift 1e39": "grows beyond what a float32 holds",
+    "--drift 1@9": "there is no layer 9: the model has 3 layers, 0 to 2",
+    "--drift 1@2-1": "layers 2-1 run backwards",
+    "--drift 1@": "cannot read ''",
+    "--drift diffusion:1": "drift cannot be diffusion:1",
+    "--drug drift:1,drift:2": "drift is given twice: keep one",
+    "--diffusion": "--diffusion: expected one argument",
+    "--diffusion x": "diffusion is off, learned or a standard deviation such as 0.1, not x",
+    "--diffusion=-1": "diffusion must be at least 0, not -1",
+    "--diffusion inf": "diffusion is off, learned or a standard deviation such as 0.1, not inf",
+    "--diffusion std:": "diffusion is missing",
+    "--diffusion 0.1@0.9..0.8": "depth 0.9..0.8 runs backwards",
+    "--diffusion learned": "diffusion:learned needs a dd-gpt2",
+    "--diffusion drift:1": "diffusion cannot be drift:1",
+    "--drug sober,diffusion:1": "sober and diffusion:1 contradict each other",
+    "--attention linear": "--attention: invalid choice: 'linear'",
+    "--attention srf --features 0": "--features: '0' is not a whole number of at least 1",
+    "--attention srf --features many": "--features: 'many' is not a whole number of at least 1",
+    "--attention srf --features 65537": "--features: 65537 is not a whole number from 1 to 65536",
+    "--attention srf --feature-seed -1": "--feature-seed: '-1' is not a whole number of at least 0",
+    "--attention srf --feature-seed 18446744073709551616": "is not an integer in [0, 2**64)",
+    "--attention srf --state-type q8": "--state-type: invalid choice: 'q8'",
+    "--attention srf --drug K:0.1": "srf attention keeps none: dose H, Q, pK, A or M",
+    "--attention srf --drug A:0.1,V:0.1@1": "srf attention keeps none: dose H, Q, pK, A or M",
+    "--features 8": "--features, --feature-seed and --state-type need --attention srf",
+    "--feature-seed 8": "--features, --feature-seed and --state-type need --attention srf",
+    "--state-type f16": "--features, --feature-seed and --state-type need --attention srf",
+    "--drug V:1~held:3": "tokens says nothing for renewal held",
+    "--drug V:1~wander": "wander needs its length in tokens",
+    "--drug V:1~linear:-1": "tokens of linear must be at least 0, not -1",
+    "--drug V:1~held+wander:3": "renewal is given twice: keep one",
+    "--drug V:1~spiky": "there is no law 'spiky', only uniform, gauss, sign",
+    "--drug L3V:1": "there is no form 'L3' before site V",
+    "--drug Vx:1": "there is no angle 'x' after site V",
+    "--drug V:1 --drug-sink 2147483648": "sink must be a whole number from 0 to 2147483647",
+    "--drug V:1 --drug-scale -1": "scale must be at least 0, not -1",
+    "--drug V:1 --drug-seed 18446744073709551616": "seed must be a whole number from 0 to",
+}
+SCHEDULES = {  # a schedule file and what is in it: what the message says
+    "a.toml": (b"drift = [1]", "a.toml: drift must be a finite number, not [1]"),
+    "b.toml": (b'diffusion = "learned"', "diffusion:learned needs a dd-gpt2"),
+    "c.toml": (b'drift = "0.1@9"', "there is no layer 9"),
+    "d.toml": (
+        b'[[dose]]\nsite = "V"\ntheta = true',
+        "d.toml: dose 1: theta must be a finite number, not True",
+    ),
+    "e.toml": (b"\xff\xfe", "e.toml: is not UTF-8 text"),
+    "f.toml": (b"drug = 1", "f.toml: unknown key 'drug'"),
+    "g.toml": (b'[[dose]]\nsite = "V"\ntheta = 1\nrenewal = "wander"', "wander needs its length in tokens"),
+    "h.toml": (b'[[dose]]\nsite = "V"\nthe', "h.toml: is not TOML"),
+    "i.toml": (b'dose = "V:1"', "i.toml: dose must be a list of tables"),
+    "j.csv": (b"layer,site\n", "j.csv: line 1: the header should be layer,site,theta"),
+    "k.csv": (b"layer,site,theta\n0,V", "k.csv: line 2: has 2 cells, the header has 3"),
+    "l.csv": (b"layer,site,theta\n9,V,0.1", "gives theta of 10 layers, the model has 3"),
+    "m.csv": (b"", "m.csv: is empty"),
+    "n.txt": (b"V:1", "n.txt: a drug file ends in .toml or .csv"),
+}
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capsys):
+    """refusal(*words) -> what the command says in its one line, in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words) -> str:
+        status, (out, said) = main(list(map(str, words))), capsys.readouterr()
+        assert status == 2 and out == "" and said.startswith("error: ") and said.count("\n") == 1, said
+        return said
+
+    return run
+
+
+@pytest.mark.parametrize("flags", NOISE)
+def test_bad_noise(refusal, spoken, flags):
+    said = refusal("-m", spoken("llama-gqa"), "-q", "-p", "abc", *flags.split(" "))
+    assert NOISE[flags] in said and "internal" not in said
+
+
+@pytest.mark.parametrize("file", SCHEDULES)
+def test_bad_schedules(refusal, spoken, tmp_path, file):
+    content, words = SCHEDULES[file]
+    (tmp_path / file).write_bytes(content)
+    assert words in refusal("-m", spoken("llama-gqa"), "-q", "-p", "abc", "--drug-file", file)
+
+
+def test_a_window_and_random_features(refusal, spoken):
+    said = refusal("-m", spoken("mistral-window"), "-q", "-p", "abc", "--attention", "srf")
+    assert "srf cannot forget what leaves a window of 16 tokens, use softmax" in said
+
+
+def test_schedule_files_cut_anywhere(tmp_path):
+    """What is left of a text may be a shorter text; nothing else than a DrugError ever comes of it."""
+    schedule = tinydrug.Schedule.parse("L2Vn:0.5@0:1/0.5:0.5/ceil~gauss+wander:9,K:0.1/0.2,drift:0.1@0..0.5")
+    for name in ("drug.toml", "drug.csv"):
+        path, refusals = tmp_path / name, 0
+        tinydrug.save_schedule(schedule, path, 4)
+        content = path.read_bytes()
+        for end in range(len(content)):
+            path.write_bytes(content[:end])
+            try:
+                tinydrug.load_schedule(path)
+            except DrugError as error:
+                assert str(error).startswith(str(path)) and "\n" not in str(error)
+                refusals += 1
+        assert refusals > len(content) / 2
+
+
+def test_verified_noise_is_printed_beside_theory(spoken, capsys):
+    flags = ["-m", str(spoken("llama-gqa")), "-p", "abcdefgh", "-n", "60", "-s", "1", "--ignore-eos"]
+    assert main([*flags, "--drug", "A:0.4,NLHn:0.2,L2Q:0.3", "--verify-noise", "--rewind-every", "0"]) == 0
+    rows = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().err.splitlines()) if len(row) == 5}
+    assert rows.keys() == {"H", "Q", "A"}
+    for site, (vectors, angle, expected, drift) in rows.items():
+        fed = 59 * 3 * (1 if site == "H" else 6)  # tokens, layers, vectors of each
+        assert vectors.replace(",", "") == str(fed)
+        if site == "Q":
+            assert expected == "-" and float(drift) > 0.001
+        else:
+            assert abs(float(angle) / float(expected) - 1) < 0.25 and abs(float(drift)) < 1e-6
+
+
+VERIFIED = {  # flags: what is said of a verification beside its table
+    "--drug V:0.4": None,
+    "--drug V:0.4 --drift 0.1": "drift: not measured, only noise of an angle is",
+    "--drift 0.1": "drift: not measured, only noise of an angle is",
+    "--drift 0.1 --diffusion 0.2": "drift and diffusion: not measured, only noise of an angle is",
+    "--drift 0.1 --drug-sink 999": "no vector was moved",
+    "": "no vector was moved",
+}
+
+
+@pytest.mark.parametrize("flags", VERIFIED)
+def test_what_is_not_verified_is_told(spoken, capsys, flags):
+    common = ["-m", str(spoken("llama-gqa")), "-p", "abcdefgh", "-n", "9", "-s", "1", "--ignore-eos"]
+    assert main([*common, "--verify-noise", *flags.split()]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    told = [line for line in lines if "not measured" in line or "no vector" in line]
+    assert told == ([] if VERIFIED[flags] is None else [VERIFIED[flags]])
+    assert any(line.split()[:1] == ["V"] for line in lines) == ("V:" in flags)
 
 
 def test_prompts_that_are_not_utf8(command, spoken, tmp_path):

@@ -8,8 +8,9 @@ import naive
 import numpy as np
 import pytest
 import tiny
-from engines import add_tokenizer, cached, edited, logits, runtime, session
+from engines import add_tokenizer, cached, edited, feed, logits, runtime, session
 from safetensors.numpy import load_file
+from test_srf import SRF, quadratic
 
 import tinydrug
 from tinydrug.cli import inputs, options
@@ -17,6 +18,7 @@ from tinydrug.engine.draws import diffusion_draw, draw
 from tinydrug.engine.runtime import Part
 from tinydrug.engine.session import Session
 from tinydrug.errors import DrugError, TinydrugError
+from tinydrug.hub.table import Repo, read_table
 from tinydrug.models import dd_gpt2
 from tinydrug.noise import SOBER, Schedule, Term, load_schedule, save_schedule
 
@@ -331,6 +333,36 @@ def test_replay_of_the_learned_diffusion(name, drug, run):
     assert np.abs(found - logits(model, IDS)).max() > 0.01
 
 
+@pytest.mark.parametrize(
+    "drug", [None, "A:0.4,drift:0.3,diffusion:0.2,sink=2", "diffusion:learned,drift:-1@1"]
+)
+def test_random_features_change_what_drifts_and_not_how(drug, run, monkeypatch):
+    """Drift and diffusion act on attention's output, whatever attention is."""
+
+    def attention(q, k, v, positions, layer, noise, window=None):
+        return quadratic(q, k, v, SRF.directions(layer, q.shape[2]))
+
+    name = "gate, baseline and diffusion"
+    model = run(name, features=SRF)
+    monkeypatch.setattr(naive, "self_attention", attention)
+    found = logits(model, IDS, drug, SEED)
+    np.testing.assert_allclose(found, naively(model, name, drug), rtol=0, atol=REPLAY)
+    np.testing.assert_array_equal(logits(model, IDS, drug, SEED, piece=5), found)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gate, baseline and diffusion"])
+def test_protected_positions_and_tokens_are_spared(name, run):
+    """In the last layer alone, so that nothing spreads."""
+    model, top = run(name), run(name).config.n_layers - 1
+    sober, sequence = logits(model, IDS), session(model, f"drift:0.3@{top},diffusion:0.3@{top},sink=2", SEED)
+    sequence.protect([9, 10], [IDS[15]])
+    found = feed(sequence, IDS, drugged="all")
+    spared = [t for t, token in enumerate(IDS) if t < 2 or t in (9, 10) or token == IDS[15]]
+    assert np.flatnonzero((found == sober).all(-1)).tolist() == spared
+    heads = (len(IDS) - len(spared)) * model.config.n_heads
+    assert sequence.moved.tolist()[-2:] == [heads, heads]
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "gate with baseline"])
 def test_a_learned_diffusion_is_refused_where_there_is_none(name, run):
     with pytest.raises(DrugError, match=r"^diffusion:learned needs .*: write diffusion:STD") as error:
@@ -439,6 +471,12 @@ def test_through_the_front_door(checkpoint):
         again = engine.generate("The sea", drug="drift:0.1@1,diffusion:learned", **how)
     assert done.ids == again.ids
     assert done.moved == {"drift": 3 * H, "diffusion": 3 * LAYERS * H}
+
+
+def test_published_checkpoints_have_names():
+    """The three of the document."""
+    repos = [model.source.repo for model in read_table().models.values() if isinstance(model.source, Repo)]
+    assert {f"BluebrainAI/{kind}-gpt2-medium-wikitext" for kind in ("drift", "diffusion", "dd")} <= {*repos}
 
 
 def test_damaged_parameters_are_found_and_named(checkpoint):

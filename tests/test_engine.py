@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from tinydrug.engine.generate import Request, generate
 from tinydrug.engine.sampling import Sampler, log_softmax
 from tinydrug.engine.threads import available_threads, check_threads
 from tinydrug.errors import BadModelFile, ConfigError, ContextOverflow, DrugError, NumericalError, PromptError
+from tinydrug.noise import SOBER
 
 FLOAT64 = 1e-12  # both sides compute log-probabilities in float64 from the same logits
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<a>"
@@ -639,6 +641,7 @@ def test_every_public_name_is_there():
         ({"ctx": 10**13}, ConfigError, "--ctx-size: 10000000000000"),
         ({"chunk": 0}, ConfigError, "--batch-size: 0"),
         ({"rewind_every": -1}, ConfigError, "--rewind-every: -1"),
+        ({"rewind_every": 2**31}, ConfigError, "--rewind-every: 2147483648 is not .* at most 2147483647"),
     ],
 )
 def test_options_of_load(folder, options, error, message):
@@ -655,12 +658,23 @@ def test_options_of_load(folder, options, error, message):
         ("a", {"n": -1}, ConfigError, "--n-predict: -1"),
         ("a", {"n": 1.5}, ConfigError, "--n-predict: 1.5"),
         ("a", {"n": True}, ConfigError, "--n-predict: True"),
+        ("a", {"n": 2**31}, ConfigError, "--n-predict: 2147483648 is not .* at most 2147483647"),
         ("a", {"logprobs": -1}, ConfigError, "--logprobs: -1"),
         ("a", {"shift_keep": -1}, ConfigError, "--keep: -1"),
         ("a", {"drug_seed": -1}, ConfigError, "--drug-seed: -1"),
         ("a", {"drug_seed": 2**64}, ConfigError, "--drug-seed"),
         ("a", {"drug_seed": "x"}, ConfigError, "--drug-seed"),
         ("a", {"stop": [""]}, ConfigError, "stop"),
+        ("a", {"stop": 5}, ConfigError, "stop: expected a list of texts, not 5"),
+        ("a", {"sampling": 0.8}, ConfigError, "sampling: expected a Sampling, not 0.8"),
+        (5, {}, PromptError, "expected text, token ids or chat messages, not 5"),
+        ([5, 1.5], {}, PromptError, "expected text, token ids or chat messages"),
+        ([5, "a"], {}, PromptError, "expected text, token ids or chat messages"),
+        ({"role": "user"}, {}, PromptError, "expected text, token ids or chat messages"),
+        ([{"role": "user", "content": "Hi"}], {"template": 5}, ConfigError, "template: expected a text"),
+        ("a", {"drug": 5}, DrugError, "drug must be text, doses or a Schedule, not 5"),
+        ("a", {"drug": 0}, DrugError, "drug must be text, doses or a Schedule, not 0"),
+        ("a", {"drug": [5]}, DrugError, "a dose must be a Dose, not 5"),
         ("a", {"drug": "X:1"}, DrugError, "there is no site 'X'"),
         ("a", {"drug": "V:nan"}, DrugError, "V:nan"),
         ("a", {"drug": "V:1@7"}, DrugError, "there is no layer 7"),
@@ -675,8 +689,89 @@ def test_options_of_generate(engine, prompt, options, error, message):
         list(engine.stream(prompt, **options))
 
 
+CALLS = {  # of a session of 9 tokens, 3 of them drugged: what the refusal says
+    "dose('V:1')": "schedule must be a Schedule, not 'V:1': Schedule.parse reads text",
+    "dose(SOBER, -1)": "noise_seed: -1 is not a whole number of at least 0",
+    "dose(SOBER, 2**64)": "noise_seed: 18446744073709551616 is not a whole number of at most",
+    "dose(SOBER, 'x')": "noise_seed: 'x' is not a whole number",
+    "protect('ab')": "positions: expected a list of whole numbers of at least 0",
+    "protect(5)": "positions: expected a list of whole numbers of at least 0",
+    "protect([1.5])": "positions: expected a list of whole numbers of at least 0",
+    "protect(ids=[-1])": "ids: expected a list of whole numbers of at least 0",
+    "check(5)": "token ids must be a list, not 5",
+    "check('ab')": "token id 'a' is not between 0 and 95",
+    "check([1.5])": "token id 1.5 is not between 0 and 95",
+    "feed([])": "there are no tokens to feed",
+    "feed({5})": "token ids must be a list, not {5}",
+    "feed([5], True)": "drugged: True is not none or last or all",
+    "feed([5], 'some')": "drugged: 'some' is not none or last or all",
+    "feed([5], outputs=-1)": "outputs: -1 is not a whole number of at least 0",
+    "feed([5], outputs=2)": "outputs: 2 is not a whole number of at most 1",
+    "feed([5], outputs=1.0)": "outputs: 1.0 is not a whole number",
+    "sober_up(chunk=0)": "chunk: 0 is not a whole number of at least 1",
+    "sober_up(chunk=-1)": "chunk: -1 is not a whole number of at least 1",
+    "sober_up(chunk='a')": "chunk: 'a' is not a whole number",
+    "rewind(-1)": "cannot rewind -1 of 9 tokens",
+    "rewind(10)": "cannot rewind 10 of 9 tokens",
+    "rewind(1.0)": "cannot rewind 1.0 of 9 tokens",
+    "rewind(True)": "cannot rewind True of 9 tokens",
+    "shift(-1)": "keep: -1 is not a whole number of at least 0",
+    "shift(None)": "keep: None is not a whole number",
+    "engine.stream('a', session=5)": "session: it is not of this engine",
+    "engine.generate(prompts='ab')": "prompts: expected a list of prompts, not 'ab'",
+    "engine.generate(prompts=5)": "prompts: expected a list of prompts, not 5",
+    "engine.batch([], places=0).__next__()": "places: 0 is not a whole number of at least 1",
+    "engine.chat(5)": "messages: expected a list",
+    "engine.render(5)": "messages: expected a list",
+    "engine.render([], template=5)": "template: expected a text, not 5",
+    "engine.replay('a.json')": "record: expected a Record, not 'a.json': Record.load reads files",
+    "engine.session(5)": "drug must be text, doses or a Schedule, not 5",
+    "engine.session(None, 1.5)": "--drug-seed: 1.5",
+    "engine.resolve(5)": "drug must be text, doses or a Schedule, not 5",
+    "engine.forward('ab')": "expected text, token ids or chat messages, not 'ab'",
+    "engine.forward([1.5])": "expected text, token ids or chat messages",
+    "engine.hidden(5)": "expected text, token ids or chat messages, not 5",
+    "engine.score(5)": "expected text, token ids or chat messages, not 5",
+    "engine.score_after('a', 5)": "expected text, token ids or chat messages, not 5",
+    "engine.pieces(size=1)": "size: 1 is not a whole number of at least 2",
+    "engine.pieces(5)": "expected text, token ids or chat messages, not 5",
+    "engine.runtime.redraw(1)": "attention: softmax has no features to redraw",
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_arguments_that_make_no_sense_are_refused_and_change_nothing(engine, call):
+    sequence, ids = engine.session("V:1", 1), [5, 6, 7, 8, 9, 10, 11, 12, 13]
+    sequence.feed(ids[:6]), sequence.feed(ids[6:], "all")
+    twin = sequence.fork()
+    with pytest.raises((ConfigError, DrugError, PromptError), match=f"^.*{re.escape(CALLS[call])}") as error:
+        names = {"engine": engine, "SOBER": SOBER, "sequence": sequence}
+        eval(call if call.startswith("engine.") else f"sequence.{call}", names)
+    assert "\n" not in str(error.value)
+    assert (sequence.ids, sequence.dirty, sequence.noise) == (ids, 3, twin.noise)
+    np.testing.assert_array_equal(sequence.feed([5], "all"), twin.feed([5], "all"))
+
+
+def test_a_session_of_another_engine_is_refused(engine, folder):
+    with tinydrug.load(folder, ctx=64) as other, pytest.raises(ConfigError, match="not of this engine"):
+        engine.stream("a", session=other.session())
+
+
+def test_special_tokens_in_messages_are_text(engine):
+    """What a template writes is special, what someone said is not; the text that is shown has no guards."""
+    template = "{% for m in messages %}<s>{{ m.content | trim }}</s>{% endfor %}<s>"
+    said = ["Hi</s><s>you ", "<s>", "plain"]
+    messages = [{"role": "user", "content": text} for text in said]
+    expected = []
+    for text in said:
+        expected += [1, *engine.tokenizer.encode(text.strip(), bos=False, special=False), 2]
+    assert engine.encode(messages, template) == [*expected, 1]
+    assert engine.render(messages, template) == "<s>Hi</s><s>you</s><s><s></s><s>plain</s><s>"
+    assert engine.encode("a<s>b").count(1) == 1  # a text of one's own may have them
+
+
 def test_messages_are_refused_in_words(engine, tmp_path):
-    for messages in ([], ["Hi"], [{"role": "user", "content": "Hi"}, "Hi"]):
+    for messages in ([], 5, "Hi", ["Hi"], [{"role": "user", "content": "Hi"}, "Hi"]):
         with pytest.raises(PromptError, match="messages"):
             engine.chat(messages)
     bare = add_tokenizer(tiny.build("llama-mha", tmp_path))

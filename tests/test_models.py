@@ -10,6 +10,8 @@ from engines import edited, feed, logits, runtime, session
 from safetensors.numpy import load_file
 
 from tinydrug.engine.runtime import Part
+from tinydrug.formats.weights import padded
+from tinydrug.models import rope
 
 GOLDEN = 1e-4  # asked for by the project; float32 on both sides, logits of spread 2: measured 1.4e-5
 NAIVE = 1e-4  # float64 against float32 over hundreds of positions: measured 3e-5
@@ -45,6 +47,20 @@ def expected(golden, name) -> tuple[np.ndarray, np.ndarray]:
 
 
 # --- against transformers
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.SPECS if not name.startswith(("gpt2", "dd"))])
+def test_rotary_rows_do_not_depend_on_when_they_are_computed(name, run, monkeypatch):
+    """In pieces as positions are reached, or all at once: the same bits."""
+    config, n, half = run(name).config, 3 * rope.PIECE - 7, padded(run(name).config.head_dim) // 2
+    table = rope.RopeTable(config, n, half)
+    for end in (1, 5, rope.PIECE + 1, n):
+        table.reach(end)
+        assert table.rows[:end].any((1, 2)).all()
+    monkeypatch.setattr(rope, "PIECE", n)
+    whole = rope.RopeTable(config, n, half)
+    whole.reach(1)
+    np.testing.assert_array_equal(table.rows, whole.rows)
 
 
 @pytest.mark.parametrize("name", tiny.SPECS)

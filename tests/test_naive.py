@@ -105,6 +105,24 @@ def test_rotate_turns_by_the_angle_and_keeps_the_length():
 )
 def test_rotate_leaves_alone_what_has_no_direction_to_turn_in(x, r):
     np.testing.assert_array_equal(naive.rotate(np.array(x), np.array(r), 0.7), x)
+    np.testing.assert_allclose(naive.nlerp(np.array(x), np.array(r), 0.7), x, rtol=1e-15)
+    steps = naive.add(np.array(x), np.array(r), 0.7) - x  # it adds r whatever its direction
+    assert np.linalg.norm(steps) == pytest.approx(0.7 * np.linalg.norm(x) * np.any(r))
+
+
+def test_nlerp_is_a_turn_by_the_arctangent():
+    x, r = np.random.default_rng(3).normal(size=(2, 7, 3, 16))
+    phi = np.linspace(0, 3, 21).reshape(7, 3)
+    np.testing.assert_allclose(naive.nlerp(x, r, phi), naive.rotate(x, r, np.arctan(phi)), atol=1e-13)
+
+
+def test_add_moves_by_its_share_of_the_length_towards_r():
+    x, r = np.random.default_rng(4).normal(size=(2, 7, 3, 16))
+    phi = np.linspace(0, 3, 21).reshape(7, 3)
+    step = naive.add(x, r, phi) - x
+    lengths, r_lengths = np.linalg.norm(x, axis=-1), np.linalg.norm(r, axis=-1)
+    np.testing.assert_allclose(np.sum(step * r, -1), phi * lengths * r_lengths, rtol=1e-12)
+    np.testing.assert_allclose(np.linalg.norm(step, axis=-1), phi * lengths, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "gpt2"])
@@ -120,7 +138,7 @@ def test_noise_sites_come_in_order_with_their_shapes(name):
         config.get("num_attention_heads") or config["n_head"],
         config.get("hidden_size") or config["n_embd"],
     )
-    G, d = config.get("num_key_value_heads", H), D // H
+    G, d, F = config.get("num_key_value_heads", H), D // H, config.get("intermediate_size", 4 * D)
     expected = []
     for i in range(config.get("num_hidden_layers") or config["n_layer"]):
         expected += [
@@ -132,6 +150,7 @@ def test_noise_sites_come_in_order_with_their_shapes(name):
             ("K", i, (2, G, d), (0, 1), 1),
             ("V", i, (2, G, d), (0, 1), 1),
             ("A", i, (2, H, d), (0, 1), None),
+            ("M", i, (2, F), (0, 1), None),
         ]
     assert calls == expected
 
@@ -141,7 +160,7 @@ def test_every_site_reaches_the_logits_and_reads_leave_the_cache_clean(name):
     """Noise at one token of the last layer: reading K or V with noise moves that row and no later one."""
     ids, last = tiny.ids(name)[:9], tiny.SPECS[name].get("num_hidden_layers", 2) - 1
     rng, quiet = np.random.default_rng(1), logits(name, ids)
-    for site in ("H", "Q", "pK", "K", "V", "A"):
+    for site in ("H", "Q", "pK", "K", "V", "A", "M"):
 
         def noise(at, layer, x, positions, query=None, site=site):
             if (at, layer) != (site, last) or query not in (None, 5):
@@ -151,7 +170,7 @@ def test_every_site_reaches_the_logits_and_reads_leave_the_cache_clean(name):
             return x
 
         moved = np.abs(logits(name, ids, noise=noise) - quiet).max(-1) > 1e-9
-        stays = site in ("Q", "K", "V", "A")  # in the last layer only H and pK are seen by later readers
+        stays = site in ("Q", "K", "V", "A", "M")  # in the last layer only H and pK are seen by later readers
         assert moved.tolist() == [t == 5 or (t > 5 and not stays) for t in range(9)], site
 
 

@@ -86,7 +86,8 @@ OPTIONS = {
     "drugged last": {"drug": f"{DRUG},prompt=last,sink=0"},
     "a seed of its own": {"drug": f"{DRUG},seed=7"},
     "over time": {"drug": "V:0.9~held,A:0.5~gauss+wander:8,K:0.8~sign+cosine:20,M:0.1~tied"},
-    "protected": {"drug": f"{DRUG},prompt=all", "protect": list(np.array([8, 9])), "protect_ids": [71]},
+    "drift and diffusion": {"drug": "drift:-0.3@0-1,diffusion:0.4,V:0.5", "drug_seed": 3},
+    "protected": {"drug": f"{DRUG},prompt=all", "protect": np.array([8, 9]), "protect_ids": [71]},
     "verified": {"drug": DRUG, "verify": True},
     "stopped by text": {"stop": ["e", "st"], "sampling": TIRED, "n": 60},
     "stopped by a single text": {"stop": "ee", "sampling": TIRED, "n": 60},
@@ -361,6 +362,24 @@ def test_a_record_holds_what_the_issue_asks_for(engine, folder):
     assert data["sampling"]["seed"] == 2**64 - 1 and data["sampling"]["temperature"] == 1.5
     assert (data["stop"], data["n"], data["rewind_every"]) == (["QQ"], 5, 420)
     assert (data["text"], data["finish_reason"]) == (done.text, done.finish_reason)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "options"),
+    [
+        ({"rewind_every": 2**31 - 1}, {"drug": DRUG}),
+        ({}, {"n": 2**31 - 1, "stop": "e"}),
+        ({}, {"n": 4, "shift_keep": 127}),
+        ({"attention": "srf", "features": 4, "feature_seed": 2**64 - 1}, {}),
+    ],
+)
+def test_all_that_options_may_ask_for_is_recorded(loaded, options, folder, tmp_path):
+    """What a record refuses to read, no flag and no option takes."""
+    with tinydrug.load(folder, ctx=128, cache="f32", **loaded) as engine:
+        record = engine.generate(PROMPT, **{"n": 4} | options).record
+        record.save(tmp_path / "record.json")
+        assert Record.load(tmp_path / "record.json") == record
+        assert engine.replay(record).ids == record.ids
 
 
 def test_files(engine, tmp_path):

@@ -21,7 +21,7 @@ from tinydrug.formats import safetensors
 from tinydrug.kernels.memory import LINE
 from tinydrug.noise import Schedule
 
-DRUG = "H:0.2,pK:0.4,K:0.5,V:0.5,A:0.3,sink=2"
+DRUG = "H:0.2,pK:0.4,K:0.5,V:0.5,A:0.3,drift:-0.2,diffusion:0.1@1,sink=2"
 NAMES = ["llama-gqa", "mistral-window", "gpt2"]
 
 

@@ -22,7 +22,7 @@ from tinydrug.cli import main
 from tinydrug.engine.runtime import Part
 from tinydrug.engine.session import Session
 from tinydrug.engine.state import RecurrentState
-from tinydrug.errors import ConfigError, DrugError
+from tinydrug.errors import BadModelFile, ConfigError, DrugError
 from tinydrug.models.features import Features, orthogonal, simplex
 from tinydrug.models.srf import FeatureProgram
 
@@ -33,7 +33,7 @@ HALVES = 1e-2  # means stored as f16, values around 1: measured 6e-3, and 2e-4 a
 SIGMAS = 4.5  # of a mean of independent draws: passed by chance but for 1 in 150,000
 M = 50  # no multiple of a vector, nor of a head's width
 SRF = Features(M, seed=3)
-DRUG = "H:0.3,Q:0.5,pK:0.4,A:0.7,M:0.3"  # every site there is
+DRUG = "H:0.3,Q:0.5,pK:0.4,A:0.7,M:0.3,drift:-0.2,diffusion:0.2@1"  # every site and term there is
 MODELS = ["llama-gqa", "llama-head12", "llama-mqa", "llama-bias", "mistral-full", "gpt2"]
 PIECES = (1, 3, 7, 8, 9, 33)
 RNG = np.random.default_rng
@@ -360,31 +360,46 @@ def test_logits(name, run, naively):
 
 
 def test_replay_under_noise(run, naively):
-    """Every draw at H, Q, pK and A is what it would be with softmax."""
-    drug, ids = "H:0.3,Q:0.5,pK:0.4,A:0.7", tiny.ids("llama-gqa")
+    """Every draw is what it would be with softmax."""
+    drug, ids = "H:0.3,Q:0.5,pK:0.4,A:0.7,M:0.3", tiny.ids("llama-gqa")
     exact = naively("llama-gqa", ids, replayed(drug, 5, run()))
     np.testing.assert_allclose(logits(run(), ids, drug, seed=5), exact, rtol=0, atol=LOGITS)
 
 
 @pytest.mark.parametrize("drug", [None, DRUG])
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-head12", "gpt2"])
-@pytest.mark.parametrize("cell", ["f32", "f16"])
-def test_bits_do_not_depend_on_pieces_or_threads(name, drug, cell, run):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(
+            (name, {"cell": cell})
+            for name in ("llama-gqa", "llama-head12", "gpt2")
+            for cell in ("f32", "f16")
+        ),
+        *(("llama-mqa", {"quant": quant}) for quant in ("q8", "q4")),
+    ],
+    ids=str,
+)
+def test_bits_do_not_depend_on_pieces_or_threads(name, drug, options, run):
     ids = ids_of(61)
-    whole = logits(run(name, cell=cell), ids, drug)
+    whole = logits(run(name, **options), ids, drug)
     for piece in PIECES:
-        np.testing.assert_array_equal(logits(run(name, cell=cell), ids, drug, piece=piece), whole, f"{piece}")
+        np.testing.assert_array_equal(logits(run(name, **options), ids, drug, piece=piece), whole, f"{piece}")
     for threads in (1, 3):
         for piece in (None, 1, 7):
-            found = logits(run(name, cell=cell, threads=threads), ids, drug, piece=piece)
+            found = logits(run(name, threads=threads, **options), ids, drug, piece=piece)
             np.testing.assert_array_equal(found, whole, f"{threads} threads, pieces of {piece}")
 
 
+@pytest.mark.parametrize("cell", ["f32", "f16"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_bits_do_not_depend_on_the_batch(threads, run):
+def test_bits_do_not_depend_on_the_batch(threads, cell, run):
     """Five sequences of five lengths and schedules, in steps of uneven shares, with two parts of some,
     against each alone."""
-    ids, model, drugs = ids_of(60), run(threads=threads), (None, DRUG, None, "H:0.1@0", "A:0.5,sink=0")
+    ids, model, drugs = (
+        ids_of(60),
+        run(threads=threads, cell=cell),
+        (None, DRUG, None, "H:0.1@0", "A:0.5,sink=0"),
+    )
     own = [ids[i : i + n] for i, n in enumerate((50, 11, 23, 1, 44))]
     together = [session(model, drug, seed=i) for i, drug in enumerate(drugs)]
     rows, shares = [[] for _ in own], (3, 1, 9, 1, 5)
@@ -432,8 +447,9 @@ def same_state(one: Session, other: Session) -> None:
     np.testing.assert_array_equal(one.cache.by_block(), other.cache.by_block())
 
 
-def test_a_sobered_state_is_bit_for_bit_one_never_drugged(run):
-    ids, model = ids_of(60), run()
+@pytest.mark.parametrize("cell", ["f32", "f16"])
+def test_a_sobered_state_is_bit_for_bit_one_never_drugged(cell, run):
+    ids, model = ids_of(60), run(cell=cell)
     quiet, noisy = session(model), session(model, DRUG, 1)
     feed(quiet, ids), feed(noisy, ids[:10]), feed(noisy, ids[10:30], drugged="all"), feed(noisy, ids[30:])
     assert noisy.dirty == 20 and (quiet.cache.keys != noisy.cache.keys).any()
@@ -441,6 +457,19 @@ def test_a_sobered_state_is_bit_for_bit_one_never_drugged(run):
     same_state(noisy, quiet)
     more = ids_of(10, "more")
     np.testing.assert_array_equal(feed(noisy, more), feed(quiet, more))
+
+
+def test_going_back_starts_from_the_last_clean_state(run, monkeypatch):
+    """Not from nothing: of 50 sober tokens and 12 drugged ones, only the last 12 are read again."""
+    ids, model = ids_of(70), run()
+    sequence, shorter, read, step = session(model, DRUG, 1), session(model, DRUG, 1), [], model.step
+    for each in (sequence, shorter):
+        feed(each, ids[:50]), feed(each, ids[50:62], drugged="all")
+    monkeypatch.setattr(model, "step", lambda parts: [read.append(len(p.ids)) for p in parts] and step(parts))
+    assert sequence.sober_up() == 0 and sum(read) == 12
+    read.clear()
+    shorter.rewind(5)
+    assert shorter.pos == 57 and sum(read) == 7
 
 
 def test_sobering_up_may_be_interrupted_at_any_time(run):
@@ -458,11 +487,12 @@ def test_sobering_up_may_be_interrupted_at_any_time(run):
     same_state(one, quiet)
 
 
+@pytest.mark.parametrize("cell", ["f32", "f16"])
 @pytest.mark.parametrize("back", [0, 1, 7, 30, 45, 60])
 @pytest.mark.parametrize("drugged", ["none", "all"])
-def test_rewind_is_as_if_the_rest_had_never_been(back, drugged, run):
+def test_rewind_is_as_if_the_rest_had_never_been(back, drugged, cell, run):
     """Past drugged tokens too: they are read again under the noise they had, whatever the schedule is now."""
-    ids, model = ids_of(70), run()
+    ids, model = ids_of(70), run(cell=cell)
     one, other = session(model, DRUG, 1), session(model, DRUG, 1)
     feed(one, ids[:20]), feed(one, ids[20:60], drugged=drugged)
     if back < 60:
@@ -550,6 +580,20 @@ def test_a_saved_state_continues_as_the_original(cell, drugged, run, tmp_path):
     same_state(loaded, sequence)
     with pytest.raises(ConfigError, match="features"):
         Session.load(run(cell=cell, features=Features(M)), tmp_path / "state")
+
+
+def test_a_saved_state_cut_or_changed_anywhere_is_refused(run, tmp_path):
+    sequence, path = session(run(), DRUG, 1), tmp_path / "state"
+    feed(sequence, ids_of(30), drugged="all")
+    sequence.save(path)
+    content = path.read_bytes()
+    cuts = [*range(0, 64, 7), *range(64, len(content), len(content) // 40), len(content) - 1]
+    flips = [bytes([*content[:at], content[at] ^ 1, *content[at + 1 :]]) for at in cuts]
+    for damaged in [content[:at] for at in cuts] + flips:
+        path.write_bytes(damaged)
+        with pytest.raises((BadModelFile, ConfigError)) as error:
+            Session.load(run(), path)
+        assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
 def test_shift_and_reset(run):
@@ -668,6 +712,17 @@ def test_a_window_is_refused(tiny_model):
     with pytest.raises(ConfigError, match="window of 16") as caught:
         runtime(tiny_model("mistral-window"), features=SRF)
     assert caught.value.field == "attention"
+
+
+def test_a_long_context_costs_nothing_before_it_is_used(folder):
+    """srf attention has no cache whose size would forbid it: rotary rows are computed when reached."""
+    with (
+        tinydrug.load(folder, ctx=10**7, attention="srf") as long,
+        tinydrug.load(folder, ctx=128, attention="srf") as short,
+    ):
+        (table,) = long.runtime._program._rotary
+        np.testing.assert_array_equal(long.forward(ids_of(50)), short.forward(ids_of(50)))
+        assert not table.rows[5000:].any() and table.rows[:50].any((1, 2)).all()
 
 
 def test_features_that_cannot_fit_are_refused(folder, monkeypatch):

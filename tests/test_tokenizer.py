@@ -102,6 +102,32 @@ def test_words_that_no_merge_makes():
     assert 801 not in load(metadata=gguf(pre="dbrx", **fields)).encode("zebra")
 
 
+TYPED = ["{}", "say {}", "{} {}!", " {}a{}", "a<|im_<{}"]
+
+
+@pytest.mark.parametrize("text", TYPED)
+@pytest.mark.parametrize("kind", ["bpe", "spm", "spm not legacy", "gguf bpe", "gguf spm"])
+def test_special_tokens_that_someone_types_are_text(kind, text, folder):
+    """Between markers of a template: the ids of the markers, and between them those of the plain text."""
+    name = kind.split()[0]
+    given = {"metadata": gguf(kind.split()[-1])} if name == "gguf" else {"folder": folder(name)}
+    if kind == "spm not legacy":
+        given = {"folder": folder("spm", legacy=False)}
+    tokenizer = load(**given)
+    special = [tokenizer.backend.token(i) for i in sorted(tokenizer.special_ids)]
+    for token, mark in zip(special, special[1:] + special[:1], strict=True):
+        typed = text.format(token, token)
+        ids = tokenizer.encode(f"{mark}{tokenizer.guard(typed)}{mark}\n", bos=False)
+        plain = tokenizer.encode(f"{mark}{typed.replace(token, 'x')}{mark}\n", bos=False)
+        assert [i for i in ids if i in tokenizer.special_ids] == [plain[0]] * 2 == [ids[0]] * 2
+        inner = ids[1 : ids.index(ids[0], 1)]
+        if kind == "spm not legacy":  # text after a marker gets no space in front, so no ids to compare with
+            assert b"".join(map(tokenizer.token_bytes, inner)).decode() == typed
+        else:
+            assert inner == tokenizer.encode(typed, bos=False, special=False)
+    assert tokenizer.guard("no token <|nor this") == "no token <|nor this"
+
+
 def test_user_defined_tokens_are_not_special():
     for tokenizer, token_id in ((load(metadata=gguf()), 800), (load(metadata=gguf("spm")), 4)):
         assert tokenizer.encode("<tool>", bos=False, special=False) == [token_id]

@@ -40,7 +40,8 @@ FLAGS = {  # of the config: the tensor of each layer that it is about
     "baseline_each_head": "baseline",
     "apply_diffusion": "diffusion_param",
 }
-LEAST_GAIN = 2.0**-20  # a head this close to erased keeps this much: what comes after must get through
+# A head this close to erased keeps this much, for noise after it to get through; q8 may be too coarse for it.
+LEAST_GAIN = 2.0**-20
 
 IGNORED, tensors, forward = gpt2.IGNORED, gpt2.tensors, gpt2.forward  # all drift is in the weights
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 from tinydrug.errors import UnsupportedModel
 from tinydrug.formats.config import Config, Fields
 from tinydrug.formats.tensor import Tensor
-from tinydrug.formats.weights import Need, padded
+from tinydrug.formats.weights import Need
 from tinydrug.models.program import Program, Value
-from tinydrug.models.rope import check_rope, rope_table
+from tinydrug.models.rope import check_rope
 
 HUGGING_FACE = {
     "embed": "model.embed_tokens",
@@ -37,15 +37,23 @@ GGUF = {
     "norm": "output_norm",
     "lm_head": "output",
 }
+UNSAID = {  # what transformers takes a field for that is absent from a Mistral's config; null is none
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096 * 32,
+    "sliding_window": 4096,
+}
 IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight")  # derived from the config, stored by old checkpoints
 
 
 def config(fields: Fields, tensors: dict[str, Tensor]) -> Config:
     """From config.json of Llama or Mistral."""
     fields.refuse(pretraining_tp=1, quantization_config=None, num_experts=None, partial_rotary_factor=1.0)
+    mistral = fields.get("model_type", str) == "mistral"
+    if mistral:
+        fields = Fields(UNSAID | fields.raw, fields.path)
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     kv_heads = fields.size("num_key_value_heads", heads)
-    if "head_dim" not in fields.raw and hidden % heads:
+    if fields.raw.get("head_dim") is None and hidden % heads:
         raise UnsupportedModel(f"{fields.path}: hidden_size {hidden} does not divide into {heads} heads")
     c = Config(
         model_type=fields.get("model_type", str),
@@ -61,9 +69,7 @@ def config(fields: Fields, tensors: dict[str, Tensor]) -> Config:
         activation=fields.get("hidden_act", str, "silu"),
         tied=fields.get("tie_word_embeddings", bool, False),
         rope=fields.rope(),
-        sliding_window=fields.size("sliding_window", None)
-        if fields.get("model_type", str) == "mistral"
-        else None,
+        sliding_window=fields.size("sliding_window", None) if mistral else None,
         attention_bias=fields.get("attention_bias", bool, False),
         mlp_bias=fields.get("mlp_bias", bool, False),
     )
@@ -119,7 +125,7 @@ def tensors(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def forward(p: Program, c: Config, n_positions: int) -> Value:
     """Token ids -> logits (outputs, V)."""
-    rope = p.constant(rope_table(c, n_positions, padded(c.head_dim) // 2))
+    rope = p.rotary(n_positions)
     x = p.embed("embed")  # (T, D)
     for i in range(c.n_layers):
         h = p.noise("H", i, p.rms_norm(x, f"{i}.attn_norm"))  # (T, D)
@@ -133,4 +139,5 @@ def forward(p: Program, c: Config, n_positions: int) -> Value:
         h = p.rms_norm(x, f"{i}.mlp_norm")  # (T, D)
         h = p.gated(p.linear(h, f"{i}.gate_proj"), p.linear(h, f"{i}.up_proj"))  # (T, F)
         x = p.linear(p.noise("M", i, h), f"{i}.down_proj", onto=x)
+        p.probe(x)  # (T, D)
     return p.linear(p.rms_norm(p.asked(x), "norm"), "lm_head")
