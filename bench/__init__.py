@@ -1,2 +1,1 @@
-"""Benchmarks: python -m bench.kernels, python -m bench.end_to_end, python -m bench.big_model. bench/README.md
-has results."""
+"""Benchmarks, each run on its own: python -m bench.all, python -m bench.end_to_end. README.md has results."""

@@ -1,176 +1,119 @@
-"""Decode and prefill, ours and llama.cpp's in turns, medians and ratios.
+"""Decode and prefill of whole models, ours, llama.cpp and OpenVINO in turns.
 
-    python -m bench.end_to_end --model smollm2.gguf --llama-bench PATH --shape llama-1.1b:Q4_0 --drug V:0.05
+    python -m bench.end_to_end --shape llama-1.1b:q4 --llama-bench PATH --openvino PYTHON --scratch FOLDER
 
-In decode every token reads all weights once (memory-bound); prefill feeds 512 tokens at once (arithmetic-
-bound). The last line is one JSON document. A figure is a median over rounds; ours and theirs alternate, so
-both see the same machine.
+In decode every token reads all weights once: memory is the bound, read in the same minute. In prefill 512
+tokens are read at once: arithmetic is. Figures are medians over rounds in which all take turns. llama.cpp
+computes the logits of the last position, OpenVINO those of all, and is held against ours of all. The 7B shape
+is measured with a prompt of 128 and 16 tokens.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
-import tinydrug
-from bench.card import Limits, card, show
+from bench.card import Row, run
+from bench.limits import Limits
+from bench.ours import Ours
+from bench.peers import LlamaCpp, OpenVino, openvino_folder
 from bench.shapes import SHAPES
-from bench.synthetic import write_gguf
+from bench.synthetic import KINDS, gguf_model, scratch_folder
+
+DEFAULT = ["smollm2-135m:q4", "smollm2-135m:q8", "llama-1.1b:q4", "llama-1.1b:q8", "mistral-7b:q4"]
+PREFILL = 2.3  # times llama.cpp: the target for every shape
 
 
-def decode(engine, n: int, depth: int = 0, drug=None) -> float:
-    """Tokens a second, one sequence."""
-    session = engine.session(drug, 1)
-    if depth:
-        session.feed([5] * depth)
-    session.feed([5])
-    start = time.perf_counter()
-    for _ in range(n):
-        session.feed([5], "all")
-    return n / (time.perf_counter() - start)
+class Goal(NamedTuple):
+    """What is aimed at for a shape, as ratios, and how long a run is."""
+
+    decode: float | None = None  # of llama.cpp's
+    read: float | None = None  # decode, of what reading memory allows
+    prefill: float | None = None  # of OpenVINO's
+    dots: float | None = None  # prefill, of what int8 dot products allow
+    p: int = 512
+    n: int = 64
+    openvino: tuple[str, ...] = ()  # kinds of its weights that are tried
 
 
-def batch_decode(engine, n: int, sequences: int) -> float:
-    """Tokens a second of so many sequences decoded together."""
-    from tinydrug.engine.runtime import Part
-
-    sessions = [engine.session() for _ in range(sequences)]
-    for session in sessions:
-        session.feed([5])
-    start = time.perf_counter()
-    for _ in range(n):
-        engine.runtime.step([Part(session, [5], False, 1) for session in sessions])
-    return n * sequences / (time.perf_counter() - start)
+GOALS = {
+    "tiny": Goal(),
+    "smollm2-135m": Goal(decode=1.6, prefill=1.25, openvino=("int8",)),
+    "llama-1.1b": Goal(decode=1.0, read=0.93, prefill=1.05, dots=0.72, n=32, openvino=("int8", "int4")),
+    "mistral-7b": Goal(decode=1.0, read=0.95, p=128, n=16),
+}
 
 
-def prefill(engine, n: int) -> float:
-    """Tokens a second of a prompt of n."""
-    session = engine.session()
-    start = time.perf_counter()
-    session.feed([i % 1000 + 5 for i in range(n)])
-    return n / (time.perf_counter() - start)
+def prepare(args: argparse.Namespace) -> None:
+    """Make the models that `measure` needs, in args.scratch."""
+    with scratch_folder(args.scratch) as scratch:
+        for spec in args.shape or DEFAULT:
+            gguf_model(spec, scratch)
+            _openvino_folders(spec, args, scratch)
 
 
-def llama_cpp(exe: str, model: Path, threads: int, p: int, n: int, depth: int = 0) -> float:
-    """llama-bench's tokens a second for a prompt of p, or n generated tokens at a depth."""
-    command = [
-        exe,
-        "-m",
-        str(model),
-        "-t",
-        str(threads),
-        "-p",
-        str(p),
-        "-n",
-        str(n),
-        "-d",
-        str(depth),
-        "-r",
-        "1",
-        "-o",
-        "json",
-    ]
-    out = subprocess.run(command, capture_output=True, text=True)
-    if out.returncode:
-        sys.exit(f"{exe} failed with status {out.returncode}: {out.stderr.strip()[-200:]}")
-    return json.loads(out.stdout)[0]["avg_ts"]
-
-
-def measure(path: Path, args, limits: Limits) -> dict:
-    """All figures of one model: medians over rounds, ratios of medians."""
-    engine = tinydrug.load(
-        path, quant=args.quant, threads=args.threads, ctx=8192 if args.depth > 2048 else 2048
-    )
-    decode(engine, 4)
-    rows: dict[str, list[float]] = {}
-
-    def note(name, value):
-        rows.setdefault(name, []).append(value)
-
-    for _ in range(args.rounds):
-        note("read GB/s", limits.read_gbs(1))
-        note("decode", decode(engine, args.n))
-        if args.llama_bench:
-            note("their decode", llama_cpp(args.llama_bench, path, args.threads, 0, args.n))
-        note("prefill", prefill(engine, args.p))
-        if args.llama_bench:
-            note("their prefill", llama_cpp(args.llama_bench, path, args.threads, args.p, 0))
-        note("8 together", batch_decode(engine, max(args.n // 4, 8), 8))
-        if args.depth:
-            note(f"decode at {args.depth}", decode(engine, args.n, args.depth))
-            if args.llama_bench:
-                note(
-                    f"their decode at {args.depth}",
-                    llama_cpp(args.llama_bench, path, args.threads, 0, args.n, args.depth),
-                )
-        for drug in args.drug:
-            note(f"decode {drug}", decode(engine, args.n, args.drug_depth, drug))
-            note(f"decode sober at {args.drug_depth}", decode(engine, args.n, args.drug_depth))
-        note("read GB/s", limits.read_gbs(1))
-    figures = {name: statistics.median(values) for name, values in rows.items()}
-    figures["weights GB"] = engine.runtime.weights.nbytes / 1e9
-    bytes_read = engine.runtime.bytes_per_token / 1e9
-    figures["share of read limit"] = figures["decode"] * bytes_read / figures["read GB/s"]
-    for mine, theirs in (("decode", "their decode"), ("prefill", "their prefill")):
-        if theirs in figures:
-            figures[f"{mine} ratio"] = figures[mine] / figures[theirs]
-    engine.close()
-    return {name: round(value, 4) for name, value in figures.items()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", action="append", default=[], type=Path, help="a GGUF file; may be repeated"
-    )
-    parser.add_argument(
-        "--shape", action="append", default=[], help=f"NAME:KIND, random weights; names: {', '.join(SHAPES)}"
-    )
-    parser.add_argument("--quant", default="none")
-    parser.add_argument("--llama-bench", help="llama.cpp's llama-bench, to run in turns with ours")
-    parser.add_argument("-t", "--threads", type=int)
-    parser.add_argument("-p", type=int, default=512)
-    parser.add_argument("-n", type=int, default=64)
-    parser.add_argument("-d", "--depth", type=int, default=0, help="also decode after so many tokens")
-    parser.add_argument("-r", "--rounds", type=int, default=5)
-    parser.add_argument("--drug", action="append", default=[], help="also decode under this noise")
-    parser.add_argument("--drug-depth", type=int, default=512)
-    args = parser.parse_args()
-    from tinydrug.engine.threads import check_threads
-
-    args.threads = check_threads(args.threads)
-    result = {
-        "card": card(args.threads),
-        "p": args.p,
-        "n": args.n,
-        "rounds": args.rounds,
-        "quant": args.quant,
-        "models": {},
-    }
-    print(", ".join(f"{k} {v}" for k, v in result["card"].items()), flush=True)
+def measure(args: argparse.Namespace) -> Iterable[Row]:
     limits = Limits(args.threads)
-    result["dot GOP/s"] = limits.dot_gops()
-    with tempfile.TemporaryDirectory(prefix="tinydrug-bench-") as scratch:
-        models = {path.name: path for path in args.model}
-        for spec in args.shape:
-            name, _, kind = spec.partition(":")
-            models[spec] = Path(scratch) / f"{name}-{kind}.gguf"
-        for name, path in models.items():
-            if not path.exists():
-                shape, _, kind = name.partition(":")
-                write_gguf(SHAPES[shape], kind or "Q4_0", kind or "Q4_0", path)
-            figures = result["models"][name] = measure(path, args, limits)
-            show(f"{name} (tokens a second)", ["what", "figure"], [[k, v] for k, v in figures.items()])
-            if path.parent == Path(scratch):
-                path.unlink()
-    print(json.dumps(result))
+    with scratch_folder(args.scratch) as scratch:
+        for spec in args.shape or DEFAULT:
+            yield from _measure_model(spec, args, limits, scratch)
+
+
+def _measure_model(spec: str, args, limits: Limits, scratch) -> Iterable[Row]:
+    name, kind = spec.split(":")
+    goal, gguf = GOALS[name], gguf_model(spec, scratch)
+    p, n = min(args.p, goal.p), min(args.n, goal.n)
+    figures = defaultdict(list)
+    with ExitStack() as stack:
+        ours = stack.enter_context(Ours(gguf, args.threads, 2048))
+        theirs = {}
+        if args.llama_bench:
+            theirs[f"llama.cpp {KINDS[kind]}"] = LlamaCpp(args.llama_bench, gguf, args.threads)
+        for weights, folder in _openvino_folders(spec, args, scratch).items():
+            peer = stack.enter_context(OpenVino(args.openvino, folder, args.threads))
+            theirs[f"OpenVINO {weights}"] = peer
+        ours.decode(n)
+        ours.prefill_all(p)
+        for _ in range(args.rounds):
+            figures["read"].append(limits.read_gbs(1))
+            figures["decode"].append(ours.decode(n))
+            figures["prefill"].append(ours.prefill(p))
+            figures["prefill all"].append(ours.prefill_all(p))
+            for peer, contender in theirs.items():
+                figures[peer].append(contender.speeds(p, n))
+        bytes_per_token = ours.bytes_per_token
+    units = {unit: gops for unit, gops in limits.gops().items() if unit != "f32"}
+    median = {what: statistics.median(values) for what, values in figures.items() if what not in theirs}
+    speeds = {
+        peer: tuple(map(statistics.median, zip(*figures[peer], strict=True))) for peer in theirs
+    }  # (prefill, decode)
+
+    def row(what, ours, against, theirs, least=None):
+        return Row(f"{spec} {what}", ours, "tokens/s", against, theirs, least)
+
+    for peer, (_, speed) in speeds.items():
+        yield row(f"decode {n}", median["decode"], peer, speed, goal.decode if "llama" in peer else None)
+    bound = 1e9 * median["read"] / bytes_per_token
+    yield row(f"decode {n}", median["decode"], f"memory at {median['read']:.1f} GB/s", bound, goal.read)
+    for peer, (speed, _) in speeds.items():
+        if "llama" in peer:
+            yield row(f"prefill {p}", median["prefill"], peer, speed, PREFILL)
+        else:
+            yield row(f"prefill {p}, all logits", median["prefill all"], peer, speed, goal.prefill)
+    for unit, gops in units.items():
+        bound, least = 1e9 * gops / SHAPES[name].prompt_ops, goal.dots if unit == "int8 dots" else None
+        yield row(f"prefill {p}", median["prefill"], f"{unit} at {gops:.0f} GOP/s", bound, least)
+
+
+def _openvino_folders(spec: str, args, scratch) -> dict[str, Path]:
+    """Its models of a shape, by kind of weights; none without its Python."""
+    name = spec.partition(":")[0]
+    kinds = GOALS[name].openvino if args.openvino else ()
+    return {kind: openvino_folder(args.openvino, name, kind, scratch) for kind in kinds}
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure)

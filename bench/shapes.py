@@ -12,6 +12,8 @@ class Shape(NamedTuple):
     d: int
     F: int
     V: int
+    tied: bool = False  # the embedding is the head, too
+    window: int | None = None
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """(rows, columns) of one layer's matrices, by Hugging Face's names."""
@@ -26,9 +28,15 @@ class Shape(NamedTuple):
             "mlp.down_proj": (D, F),
         }
 
+    @property
+    def prompt_ops(self) -> int:
+        """Multiplications and additions of a prompt token's linear maps, if its logits are not asked for."""
+        return 2 * self.L * sum(n * k for n, k in self.matrices().values())
+
 
 SHAPES = {
-    "smollm2-135m": Shape(30, 576, 9, 3, 64, 1536, 49152),
+    "tiny": Shape(2, 64, 2, 1, 32, 96, 320),  # shows that a benchmark runs
+    "smollm2-135m": Shape(30, 576, 9, 3, 64, 1536, 49152, tied=True),
     "llama-1.1b": Shape(22, 2048, 32, 4, 64, 5632, 32000),
-    "mistral-7b": Shape(32, 4096, 32, 8, 128, 14336, 32000),
+    "mistral-7b": Shape(32, 4096, 32, 8, 128, 14336, 32000, window=4096),
 }

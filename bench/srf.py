@@ -73,7 +73,7 @@ def main() -> None:
     contexts = sorted(args.context or [1 << i for i in range(10, 16)])
     ctx = contexts[-1] + args.n * args.rounds
     with tempfile.TemporaryDirectory(prefix="tinydrug-bench-") as scratch:
-        path = write_gguf(SHAPE, "Q4_0", "Q4_0", Path(scratch) / "layers.gguf")
+        path = write_gguf(SHAPE, "Q4_0", Path(scratch) / "layers.gguf")
         contenders = {"softmax f16": Contender(path, args.threads, ctx)}
         for m in args.features or [64, 256, 1024]:
             options = {"attention": "srf", "features": m, "state": args.state}

@@ -2,13 +2,16 @@
 matter."""
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quant_shape_to_byte_shape
 
-from bench.shapes import Shape
+from bench.shapes import SHAPES, Shape
 
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -19,20 +22,36 @@ GGUF_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-SCALE_BYTES = {"Q8_0": (34, 127.0), "Q4_0": (18, 8.0)}  # of a block of 32, and what its largest value is
+KINDS = {"q4": "Q4_0", "q8": "Q8_0"}
+BLOCKS = {"Q8_0": (34, 127.0), "Q4_0": (18, 8.0)}  # bytes of a block of 32, and what its largest value is
+POOL = 1 << 24  # random numbers that are used over and over
 
 
-def random_blocks(rng, shape: tuple[int, int], kind: str) -> np.ndarray:
-    """Random quantised rows: uniform codes, scales that give weights of about 0.02."""
-    size, top = SCALE_BYTES[kind]
-    blocks = np.frombuffer(rng.bytes(shape[0] * shape[1] // 32 * size), np.uint8).reshape(-1, size).copy()
-    blocks[:, :2] = np.frombuffer(np.float16(0.035 / top).tobytes(), np.uint8)
-    return blocks.reshape(shape[0], -1)
+@contextmanager
+def scratch_folder(kept: Path | None) -> Iterator[Path]:
+    """The folder for models: the one given, or one that goes away again."""
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="tinydrug-bench-") as folder:
+        yield Path(folder)
 
 
-def write_gguf(shape: Shape, kind: str, head: str, path: Path) -> Path:
-    """A Llama GGUF with matrices of `kind` and an untied embedding and head of kind `head`."""
-    rng = np.random.default_rng(0)
+def gguf_model(spec: str, scratch: Path) -> Path:
+    """The GGUF of `NAME:KIND`, as in llama-1.1b:q4; made if it is not there."""
+    name, _, kind = spec.partition(":")
+    path = scratch / f"{name}-{KINDS[kind]}.gguf"
+    if not path.exists():
+        partial = path.with_name(f"{path.name}.partial")
+        write_gguf(SHAPES[name], KINDS[kind], partial)
+        partial.rename(path)
+    return path
+
+
+def write_gguf(shape: Shape, kind: str, path: Path) -> Path:
+    """A Llama GGUF with matrices of this kind; a tied embedding is Q8_0, as in practice."""
+    pool = np.random.default_rng(0).bytes(POOL)
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(8192)
     writer.add_embedding_length(shape.D)
@@ -52,13 +71,13 @@ def write_gguf(shape: Shape, kind: str, head: str, path: Path) -> Path:
     writer.add_eos_token_id(2)
 
     def matrix(name, size, how):
-        data = random_blocks(rng, size, how)
-        kind = GGMLQuantizationType[how]
-        assert quant_shape_to_byte_shape(size, kind) == data.shape
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+        data, as_type = _blocks(pool, size, how), GGMLQuantizationType[how]
+        assert quant_shape_to_byte_shape(size, as_type) == data.shape
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=as_type)
 
-    matrix("token_embd", (shape.V, shape.D), head)
-    matrix("output", (shape.V, shape.D), head)
+    matrix("token_embd", (shape.V, shape.D), "Q8_0" if shape.tied else kind)
+    if not shape.tied:
+        matrix("output", (shape.V, shape.D), kind)
     writer.add_tensor("output_norm.weight", np.ones(shape.D, np.float32))
     for i in range(shape.L):
         for name in ("attn_norm", "ffn_norm"):
@@ -72,22 +91,27 @@ def write_gguf(shape: Shape, kind: str, head: str, path: Path) -> Path:
     return path
 
 
+def _blocks(pool: bytes, size: tuple[int, int], kind: str) -> np.ndarray:
+    """Random quantised rows: uniform codes, scales that give weights of about 0.02."""
+    nbytes, top = BLOCKS[kind]
+    blocks = np.resize(np.frombuffer(pool, np.uint8), (size[0] * size[1] // 32, nbytes))
+    blocks[:, :2] = np.frombuffer(np.float16(0.035 / top).tobytes(), np.uint8)
+    return blocks.reshape(size[0], -1)
+
+
 def write_safetensors(shape: Shape, folder: Path, shard_layers: int = 8) -> Path:
-    """A Mistral folder in bf16, in shards; written by hand, since NumPy has no bf16."""
+    """A Llama folder (with a window: Mistral) in bf16, in shards; by hand, since NumPy has no bf16."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    pattern = (rng.standard_normal(1 << 22, np.float32) * 0.02).view(np.uint32) >> 16  # bf16 by truncation
-    pattern = pattern.astype(np.uint16).tobytes()
-    head = {"model.embed_tokens": (shape.V, shape.D), "lm_head": (shape.V, shape.D), "model.norm": (shape.D,)}
-    shards = [head]
+    values = np.random.default_rng(0).standard_normal(POOL // 4, np.float32) * 0.02
+    pattern = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()  # bf16 by truncation
+    ends = ("model.embed_tokens",) if shape.tied else ("model.embed_tokens", "lm_head")
+    shards = [{name: (shape.V, shape.D) for name in ends} | {"model.norm": (shape.D,)}]
     for first in range(0, shape.L, shard_layers):
         shard = {}
         for i in range(first, min(first + shard_layers, shape.L)):
             shard |= {f"model.layers.{i}.{name}": size for name, size in shape.matrices().items()}
-            shard |= {
-                f"model.layers.{i}.{name}": (shape.D,)
-                for name in ("input_layernorm", "post_attention_layernorm")
-            }
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                shard[f"model.layers.{i}.{name}"] = (shape.D,)
         shards.append(shard)
     names = {}
     for number, shard in enumerate(shards):
@@ -98,7 +122,7 @@ def write_safetensors(shape: Shape, folder: Path, shard_layers: int = 8) -> Path
             header[f"{name}.weight"] = {"dtype": "BF16", "shape": size, "data_offsets": [at, at + nbytes]}
             names[f"{name}.weight"] = file
             at += nbytes
-        text = json.dumps(header).encode()
+        text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
         text += b" " * (-len(text) % 8)
         with open(folder / file, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
@@ -111,12 +135,20 @@ def write_safetensors(shape: Shape, folder: Path, shard_layers: int = 8) -> Path
                     left -= out.write(pattern[: min(left, len(pattern))])
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     (folder / "config.json").write_text(json.dumps({
-        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_size": shape.D,
-        "num_hidden_layers": shape.L, "num_attention_heads": shape.H, "num_key_value_heads": shape.G,
-        "intermediate_size": shape.F, "vocab_size": shape.V, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "max_position_embeddings": 32768, "sliding_window": 4096, "hidden_act": "silu",
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+        "model_type": "mistral" if shape.window else "llama",
+        "architectures": ["MistralForCausalLM" if shape.window else "LlamaForCausalLM"],
+        "hidden_size": shape.D, "num_hidden_layers": shape.L, "num_attention_heads": shape.H,
+        "num_key_value_heads": shape.G, "head_dim": shape.d, "intermediate_size": shape.F,
+        "vocab_size": shape.V, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 8192,
+        "sliding_window": shape.window, "hidden_act": "silu", "tie_word_embeddings": shape.tied,
+        "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
     }))  # fmt: skip
+    _write_tokenizer(shape, folder)
+    return folder
+
+
+def _write_tokenizer(shape: Shape, folder: Path) -> None:
+    """A word for every id."""
     from tokenizers import Tokenizer
     from tokenizers.decoders import ByteLevel
     from tokenizers.models import WordLevel
@@ -125,4 +157,5 @@ def write_safetensors(shape: Shape, folder: Path, shard_layers: int = 8) -> Path
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.decoder = ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))

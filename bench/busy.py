@@ -1,0 +1,65 @@
+"""Decoding on a busy machine: two processes that do nothing but count run beside it.
+
+python -m bench.busy [--shape smollm2-135m:q4] [--llama-bench PATH]
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from bench.card import Row, run
+from bench.ours import Ours
+from bench.peers import LlamaCpp
+from bench.synthetic import KINDS, gguf_model, scratch_folder
+
+PROCESSES = 2
+SETTLE = 0.3  # seconds until they run
+
+
+def measure(args: argparse.Namespace) -> Iterable[Row]:
+    with scratch_folder(args.scratch) as scratch:
+        for spec in args.shape or ["smollm2-135m:q4"]:
+            gguf, speeds = gguf_model(spec, scratch), defaultdict(list)
+            with Ours(gguf, args.threads, 2048) as ours:
+                contenders = {"ours": lambda ours=ours: ours.decode(4 * args.n)}
+                if args.llama_bench:
+                    peer = LlamaCpp(args.llama_bench, gguf, args.threads)
+                    contenders["theirs"] = lambda peer=peer: peer.speeds(0, args.n)[1]
+                ours.decode(args.n)
+                for _ in range(args.rounds):
+                    for who, speed in contenders.items():
+                        speeds[who, "quiet"].append(speed())
+                        with _company():
+                            speeds[who, "busy"].append(speed())
+            median = {key: statistics.median(values) for key, values in speeds.items()}
+            what = f"{spec} decode beside {PROCESSES} busy processes"
+            yield Row(what, median["ours", "busy"], "tokens/s", "quiet", median["ours", "quiet"], least=0.5)
+            if args.llama_bench:
+                name = f"llama.cpp {KINDS[spec.split(':')[1]]}"
+                yield Row(what, median["ours", "busy"], "tokens/s", f"{name}, busy", median["theirs", "busy"])
+                yield Row(
+                    f"{name} {what}", median["theirs", "busy"], "tokens/s", "quiet", median["theirs", "quiet"]
+                )
+
+
+@contextmanager
+def _company() -> Iterator[None]:
+    """Busy processes, for a while."""
+    counting = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(counting) for _ in range(PROCESSES)]
+    time.sleep(SETTLE)
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    run(__doc__, measure)
