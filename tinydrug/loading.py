@@ -5,19 +5,24 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from tinydrug.api import Engine
 from tinydrug.engine.cache import RingCache, slots_needed
+from tinydrug.engine.checks import whole
 from tinydrug.engine.runtime import REWIND_EVERY, Runtime
 from tinydrug.engine.threads import check_threads
 from tinydrug.errors import BadModelFile, ConfigError
 from tinydrug.formats.checkpoint import Checkpoint, open_checkpoint
 from tinydrug.formats.config import Config, Fields
+from tinydrug.formats.packed import check_target, save
 from tinydrug.formats.weights import QUANTS, Need, Weights, check, packed_bytes, padded
-from tinydrug.hub import resolve
+from tinydrug.hub import Resolved, resolve
+from tinydrug.hub.kept import find, kept, note, place_of
+from tinydrug.hub.resolve import shown
 from tinydrug.models import find_model
 from tinydrug.models.features import Features
 from tinydrug.text.tokenizer import load_tokenizer
@@ -53,6 +58,7 @@ def load(
     chunk: int = 512,
     rewind_every: int = REWIND_EVERY,
     prefix_reuse: bool = True,
+    keep_packed: bool = False,
     mmap: bool = True,
     check_tensors: bool = False,
     pull: bool | None = None,
@@ -69,17 +75,15 @@ def load(
     attention: softmax, or srf: estimated by so many random features (None: as many as a head is wide), drawn
     from feature_seed, with a recurrent state, f32 or f16, in place of the cache; for models tuned to it.
     prefix_reuse: keep the last sequence's cache, for a next prompt that begins like it.
+    keep_packed: write the weights as they are packed to weights/NAME-QUANT, as `quantize` does. If they are
+    there, and of the same files, they are mapped from there in any case.
     pull, offline, ask, bars: how a model that is not on disk is come by (hub.resolve). progress(phase,
     share) is called for "load" and "compile".
 
     Raises ModelNotFound, DownloadError, BadModelFile, UnsupportedModel, ConfigError.
     """
-    if quant not in QUANTS:
-        raise ConfigError(f"--quant: {quant!r} is not one of {', '.join(QUANTS)}", "quant")
-    if isinstance(rewind_every, bool) or not isinstance(rewind_every, int) or rewind_every < 0:
-        raise ConfigError(
-            f"--rewind-every: {rewind_every!r} is not a number of tokens (0: never)", "rewind_every"
-        )
+    _check_quant(quant)
+    whole(rewind_every, "--rewind-every", field="rewind_every")
     if cache not in ("f16", "f32"):
         raise ConfigError(f"--cache-type: {cache!r} is not f16 or f32", "cache")
     if attention not in ("softmax", "srf"):
@@ -88,14 +92,19 @@ def load(
         raise ConfigError(f"--state-type: {state!r} is not f32 or f16", "state")
     if attention == "softmax" and (features, feature_seed, state) != (None, 0, "f32"):
         raise ConfigError("--features, --feature-seed and --state-type need --attention srf", "attention")
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ConfigError(f"--batch-size: {chunk!r} is not a number of tokens of at least 1", "chunk")
+    whole(chunk, "--batch-size", 1, field="chunk")
     threads = check_threads(threads)
-    found = resolve(
-        None if model is None else os.fspath(model), pull=pull, offline=offline, ask=ask, progress=bars
-    )
+    name = None if model is None else os.fspath(model)
+    found = find(name, quant, pull=pull, offline=offline, ask=ask, progress=bars)
     start = time.perf_counter()
-    checkpoint = open_checkpoint(found.path, mmap=mmap)
+    checkpoint = None if check_tensors else kept(found, quant, mmap)
+    checkpoint = checkpoint or open_checkpoint(found.path, mmap=mmap)
+    if checkpoint.packed and quant not in ("none", checkpoint.packed.quant):
+        raise ConfigError(
+            f"--quant: {checkpoint.path} was packed with --quant {checkpoint.packed.quant}, not {quant}: leave "
+            "it out, or name the model it was packed from",
+            "quant",
+        )
     tokenizer = load_tokenizer(checkpoint)
     architecture, config, needs, tensors = _understand(checkpoint)
     n_ctx = _context(ctx, config)
@@ -105,9 +114,13 @@ def load(
     if random:
         _check_features(config, random.m, min(chunk, n_ctx))
     if check_tensors:
-        _check_finite(needs, tensors)
-    _check_memory(_weight_bytes(needs, tensors, quant), quant, checkpoint.path)
-    weights = Weights(needs, tensors, quant, threads, progress and (lambda share: progress("load", share)))
+        _check_finite(checkpoint, needs, tensors)
+    _check_memory(_weight_bytes(checkpoint, needs, tensors, quant), quant, checkpoint.path)
+    weights = Weights(
+        needs, tensors, quant, threads, progress and partial(progress, "load"), checkpoint.packed
+    )
+    if keep_packed and not checkpoint.packed:
+        _keep(found, checkpoint, weights)
     loaded = time.perf_counter()
     runtime = Runtime(
         config,
@@ -119,17 +132,59 @@ def load(
         features=random,
         chunk=min(chunk, n_ctx),
         rewind_every=rewind_every,
-        progress=progress and (lambda share: progress("compile", share)),
+        progress=progress and partial(progress, "compile"),
         tokenizer=tokenizer.fingerprint,
     )
     timings = {"load_s": loaded - start, "compile_s": time.perf_counter() - loaded}
     return Engine(runtime, tokenizer, found.name, found.source, timings, prefix_reuse)
 
 
+def quantize(
+    model: str | os.PathLike | None = None,
+    *,
+    quant: str = "q4",
+    output: str | os.PathLike | None = None,
+    threads: int | None = None,
+    check_tensors: bool = False,
+    pull: bool | None = None,
+    offline: bool = False,
+    bars: bool = False,
+    progress: Callable[[str, float], None] | None = None,
+) -> Path:
+    """Pack a model's weights into a folder that loads at once and needs nothing of the model -> the folder.
+
+    output: None for weights/NAME-QUANT, where `load` looks for it when asked for the model at this quant. The
+    others are as for `load`; progress(phase, share) is called for "load" and "write".
+
+    Raises what `load` does, and ConfigError if the folder holds other things or the disk does not take it.
+    """
+    _check_quant(quant)
+    threads = check_threads(threads)
+    name = None if model is None else os.fspath(model)
+    found = resolve(name, pull=pull, offline=offline, progress=bars)
+    checkpoint = open_checkpoint(found.path)
+    if checkpoint.packed:
+        raise ConfigError(
+            f"{checkpoint.path}: the weights are packed already: name what they were packed from", "model"
+        )
+    load_tokenizer(checkpoint)  # what could not be loaded is refused now, not then
+    _, _, needs, tensors = _understand(checkpoint)
+    folder = place_of(found.name, quant) if output is None else Path(output)
+    needed = _weight_bytes(checkpoint, needs, tensors, quant)
+    check_target(folder, needed)
+    if check_tensors:
+        _check_finite(checkpoint, needs, tensors)
+    _check_memory(needed, quant, checkpoint.path)
+    load, write = (progress and partial(progress, phase) for phase in ("load", "write"))
+    save(folder, checkpoint, Weights(needs, tensors, quant, threads, load), note(found, quant), write)
+    return folder
+
+
 def inspect(path: str | os.PathLike) -> Inspection:
     """Sizes and memory needed, from headers alone. Raises BadModelFile, UnsupportedModel."""
     checkpoint = open_checkpoint(Path(path))
     _, config, needs, tensors = _understand(checkpoint)
+    quants = ("none", checkpoint.packed.quant) if checkpoint.packed else QUANTS
     per_token = RingCache.nbytes(config, 64, "f16") // 64
     return Inspection(
         path=str(path),
@@ -138,9 +193,25 @@ def inspect(path: str | os.PathLike) -> Inspection:
         parameters=checkpoint.n_parameters,
         file_bytes=checkpoint.nbytes,
         bytes_by_kind=checkpoint.bytes_by_kind,
-        weight_bytes={quant: _weight_bytes(needs, tensors, quant) for quant in QUANTS},
+        weight_bytes={quant: _weight_bytes(checkpoint, needs, tensors, quant) for quant in quants},
         cache_bytes_per_token=per_token,
     )
+
+
+def _keep(found: Resolved, checkpoint: Checkpoint, weights: Weights) -> None:
+    """Keep packed weights for the next start; a disk that does not take them stops nothing."""
+    place = place_of(found.name, weights.quant)
+    try:
+        save(place, checkpoint, weights, note(found, weights.quant))
+    except ConfigError as error:
+        log.warning("the packed weights are not kept: %s", error)
+    else:
+        log.info("the packed weights are kept in %s", shown(place))
+
+
+def _check_quant(quant: str) -> None:
+    if quant not in QUANTS:
+        raise ConfigError(f"--quant: {quant!r} is not one of {', '.join(QUANTS)}", "quant")
 
 
 def _understand(checkpoint: Checkpoint):
@@ -186,8 +257,13 @@ def _features(m: int | None, seed: int, config: Config) -> Features:
     return features
 
 
-def _check_finite(needs: dict[str, Need], tensors) -> None:
+def _check_finite(checkpoint: Checkpoint, needs: dict[str, Need], tensors) -> None:
     """BadModelFile naming the first tensor with a NaN or an infinity."""
+    if checkpoint.packed:
+        raise ConfigError(
+            f"--check-tensors: {checkpoint.path} holds packed weights: check the model they were packed from",
+            "check_tensors",
+        )
     for name in dict.fromkeys(name for need in needs.values() for name in need.names):
         bad = np.count_nonzero(~np.isfinite(tensors[name].float32()))
         if bad:
@@ -195,8 +271,10 @@ def _check_finite(needs: dict[str, Need], tensors) -> None:
         tensors[name].release()
 
 
-def _weight_bytes(needs: dict[str, Need], tensors, quant: str) -> int:
-    return sum(packed_bytes(need, tensors[need.source], quant) for need in dict.fromkeys(needs.values()))
+def _weight_bytes(checkpoint: Checkpoint, needs: dict[str, Need], tensors, quant: str) -> int:
+    if checkpoint.packed:
+        return checkpoint.packed.nbytes
+    return packed_bytes(needs, tensors, quant)
 
 
 def _check_memory(needed: int, quant: str, path) -> None:

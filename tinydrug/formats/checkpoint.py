@@ -1,4 +1,5 @@
-"""A checkpoint: the configuration and tensors of a model folder, a .safetensors file or a .gguf file."""
+"""A checkpoint: the configuration and tensors of a model folder, a .safetensors file or a .gguf file; or what
+is left of one whose weights were packed."""
 
 import json
 import math
@@ -11,6 +12,9 @@ from reprlib import repr as short
 
 from tinydrug.errors import BadModelFile, ModelNotFound, UnsupportedModel
 from tinydrug.formats import gguf, safetensors
+from tinydrug.formats.packed import FILE as PACKED
+from tinydrug.formats.packed import Packed
+from tinydrug.formats.packed import read as read_packed
 from tinydrug.formats.tensor import Tensor, check_name, read_bytes
 
 SHARD_NAME = re.compile(r"[^/\\:\x00-\x1f]+\.safetensors")
@@ -22,7 +26,8 @@ class Checkpoint:
     """What was found at `path`, as given.
 
     `folder` is where tokenizer files lie, None if a GGUF file brings its own. `config` is what config.json
-    says, or would say of a GGUF file. `metadata` is the GGUF file's, None for safetensors.
+    says, or would say of a GGUF file. `metadata` is the GGUF file's, None for safetensors. With `packed`, the
+    tensors are the source's, of which only kinds and shapes are left.
     """
 
     path: Path
@@ -31,10 +36,13 @@ class Checkpoint:
     generation_config: dict
     tensors: dict[str, Tensor] = field(repr=False)
     metadata: dict | None = field(default=None, repr=False)
+    packed: Packed | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors, or of the packed weights."""
+        if self.packed:
+            return self.packed.nbytes
         return sum(tensor.data.size for tensor in self.tensors.values())
 
     @property
@@ -44,7 +52,9 @@ class Checkpoint:
 
     @property
     def bytes_by_kind(self) -> dict[str, int]:
-        """Kind -> bytes of its tensors, the largest first."""
+        """Kind -> bytes of its tensors, or format -> bytes of packed weights, the largest first."""
+        if self.packed:
+            return self.packed.bytes_by_format
         totals = Counter()
         for tensor in self.tensors.values():
             totals[tensor.kind] += tensor.data.size
@@ -54,7 +64,8 @@ class Checkpoint:
 def open_checkpoint(path, mmap: bool = True) -> Checkpoint:
     """Read headers and configuration; no tensor's bytes are touched (mmap=False: all are copied).
 
-    A folder holds config.json with model.safetensors.index.json or model.safetensors, or one .gguf file.
+    A folder holds packed.safetensors, or config.json with model.safetensors.index.json or model.safetensors,
+    or one .gguf file.
     Links are followed wherever they point: a snapshot in the Hugging Face cache is links into ../../blobs.
 
     ModelNotFound, BadModelFile, or UnsupportedModel (pickles, GGUF architectures this engine does not run).
@@ -66,6 +77,8 @@ def open_checkpoint(path, mmap: bool = True) -> Checkpoint:
         raise ModelNotFound(f"{path}: no such file or folder", name=str(path), searched=(str(path),))
     if path.suffix == ".gguf":
         return _open_gguf(path, path, mmap)
+    if path.name == PACKED:
+        return _open_packed(path, path, mmap)
     if path.suffix == ".safetensors":
         return _open_safetensors(path, path, mmap)
     if path.suffix in PICKLES:
@@ -78,6 +91,8 @@ def _open_folder(folder: Path, mmap: bool) -> Checkpoint:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise BadModelFile(folder, f"cannot be read: {error.strerror}") from None
+    if PACKED in names:
+        return _open_packed(folder, folder / PACKED, mmap)
     ggufs = [name for name in names if name.endswith(".gguf")]
     weights = [name for name in ("model.safetensors.index.json", "model.safetensors") if name in names]
     if weights and ("config.json" in names or not ggufs):
@@ -108,8 +123,19 @@ def _open_gguf(path: Path, file: Path, mmap: bool) -> Checkpoint:
         raise UnsupportedModel(
             f"{file}: one part of a split GGUF: join the parts with llama-gguf-split --merge"
         )
-    folder = None if "tokenizer.ggml.tokens" in metadata else file.parent
+    folder = _tokenizer_folder(file, metadata)
     return Checkpoint(path, folder, gguf.hf_config(file, metadata, tensors), {}, tensors, metadata)
+
+
+def _open_packed(path: Path, file: Path, mmap: bool) -> Checkpoint:
+    packed, fields = read_packed(file, mmap)
+    folder = _tokenizer_folder(file, fields["metadata"] or {})
+    return Checkpoint(path, folder, packed=packed, **fields)
+
+
+def _tokenizer_folder(file: Path, metadata: dict) -> Path | None:
+    """Where to look for a tokenizer: not beside a GGUF file that brings its own."""
+    return None if "tokenizer.ggml.tokens" in metadata else file.parent
 
 
 def _read_shards(index: Path, mmap: bool) -> dict[str, Tensor]:

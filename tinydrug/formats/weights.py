@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from tinydrug.errors import BadModelFile, ConfigError
+from tinydrug.formats.packed import Layout, Packed
 from tinydrug.formats.tensor import Tensor
-from tinydrug.kernels.memory import aligned
+from tinydrug.kernels.checksum import digest
+from tinydrug.kernels.memory import aligned, arena, nbytes
 from tinydrug.kernels.pack import FORMATS, PACKERS, SOURCE
 from tinydrug.kernels.tables import PAD, PANEL, WEIGHT
 
@@ -58,6 +61,7 @@ class Need:
 class Weight:
     """A loaded weight: its row in the table, and what the program must know of it."""
 
+    name: str  # a tied head has the embedding's
     row: int
     format: str
     n: int  # padded output rows
@@ -86,27 +90,36 @@ def check(needs: Mapping[str, Need], tensors: Mapping[str, Tensor], path) -> Non
 
 
 class Weights:
-    """The weight table of one model, and the memory its rows point into."""
+    """The weight table of one model, and the memory its rows point into: areas named WEIGHT.data, .scales and
+    .bias, packed here or mapped from a file that holds them packed."""
 
     def __init__(self, needs: Mapping[str, Need], tensors: Mapping[str, Tensor], quant: str, threads: int,
-                 progress: Callable[[float], None] | None = None):  # fmt: skip
+                 progress: Callable[[float], None] | None = None, packed: Packed | None = None):  # fmt: skip
+        """With `packed`, only the shapes of the tensors count, and quant is that of the file.
+
+        BadModelFile if the file is damaged, or holds the weights of another config."""
         if quant not in QUANTS:
             raise ConfigError(f"--quant: {quant!r} is not one of {', '.join(QUANTS)}", "quant")
         self.table = WEIGHT.rows(len(needs))
-        self.quant = quant
-        self._memory: list[np.ndarray] = []
-        self._by_name: dict[str, Weight] = {}
+        self.quant = packed.quant if packed else quant
         self._threads = threads
-        total, done = sum(tensors[need.source].data.nbytes for need in needs.values()) or 1, 0
-        loaded: dict[Need, Weight] = {}  # a tied head is the embedding
-        with ThreadPoolExecutor(threads) as pool:
-            for row, (name, need) in enumerate(needs.items()):
-                if need not in loaded:
-                    loaded[need] = self._load(pool, row, need, tensors)
-                self._by_name[name] = loaded[need]
-                done += tensors[need.source].data.nbytes
-                if progress:
-                    progress(done / total)
+        self._packed = packed
+        self._by_name: dict[str, Weight] = {}
+        owners: dict[Need, Weight] = {}  # a tied head is the embedding
+        for row, (name, need) in enumerate(needs.items()):
+            if need not in owners:
+                owners[need] = _weight(name, row, need, tensors, quant, packed)
+            self._by_name[name] = owners[need]
+        layout: Layout = {}
+        for need, weight in owners.items():
+            layout |= _areas(need, weight)
+        if packed:
+            self.areas = packed.areas(layout, progress)
+        else:
+            self.areas = arena(layout)
+            self._pack(owners, tensors, progress)
+        for need, weight in owners.items():
+            self._enter(need, weight)
 
     def __getitem__(self, name: str) -> Weight:
         return self._by_name[name]
@@ -117,77 +130,85 @@ class Weights:
     @property
     def nbytes(self) -> int:
         """Bytes of memory all weights take."""
-        return sum(area.nbytes for area in self._memory)
+        return sum(area.nbytes for area in self.areas.values())
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Weight -> format, of those that are a row of the table."""
+        return {weight.name: weight.format for weight in self._by_name.values()}
 
     def floats(self, name: str) -> np.ndarray:
         """The rows of a table, (n, k) float32, padded."""
-        address = int(self.table[self[name].row]["data"])
-        return next(area for area in self._memory if area.ctypes.data == address)
+        return self.areas[f"{self[name].name}.data"]
 
     def nbytes_of(self, row: int) -> int:
         """Bytes of one weight's panels and scales."""
-        addresses = {int(self.table[row]["data"]), int(self.table[row]["scales"])}
-        return sum(area.nbytes for area in self._memory if area.ctypes.data in addresses)
+        name = next(weight.name for weight in self._by_name.values() if weight.row == row)
+        parts = (self.areas.get(f"{name}.{part}") for part in ("data", "scales"))
+        return sum(area.nbytes for area in parts if area is not None)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Area -> its checksum; reads all weights once, unless that has been done."""
+        if self._packed:
+            return {area: self._packed.digests[area] for area in self.areas}
+        with ThreadPoolExecutor(self._threads) as pool:
+            return dict(zip(self.areas, pool.map(digest, self.areas.values()), strict=True))
 
     def fingerprint(self) -> str:
-        """A hash of all weights as they lie in memory, in hexadecimal digits: 1 to 3 s a GB and thread."""
+        """A hash of all weights as they lie in memory, in hexadecimal digits, packed here or mapped."""
         layout = [
             (name, weight.row, weight.format, weight.n, weight.k) for name, weight in self._by_name.items()
         ]
+        return hashlib.sha256(repr((layout, list(self.digests.items()))).encode()).hexdigest()
+
+    def _enter(self, need: Need, weight: Weight) -> None:
+        """Fill the weight's row of the table."""
+        entry = self.table[weight.row]
+        entry["n"], entry["k"] = weight.n, weight.k
+        for part in ("data", "scales", "bias"):
+            if (area := f"{weight.name}.{part}") in self.areas:
+                entry[part] = self.areas[area].ctypes.data
+        if need.role == "matrix" and need.fine:
+            entry["gather"] = FORMATS[weight.format].gather.address
+
+    def _pack(self, owners, tensors, progress):
+        total, done = sum(tensors[need.source].data.nbytes for need in owners) or 1, 0
         with ThreadPoolExecutor(self._threads) as pool:
-            parts = pool.map(lambda area: hashlib.sha256(area).digest(), self._memory)
-            return hashlib.sha256(repr(layout).encode() + b"".join(parts)).hexdigest()
+            for need, weight in owners.items():
+                tensor, bias = _read(need, tensors)
+                if need.role == "matrix":
+                    self._matrix(pool, need, weight, tensor)
+                else:
+                    self._table(need, weight, tensor.float32())
+                if bias is not None:
+                    if need.role == "matrix":
+                        bias = np.append(bias, 0)[_row_map(need, len(bias))]  # index -1: padding
+                    self.areas[f"{weight.name}.bias"][: len(bias)] = bias
+                tensors[need.source].release()
+                done += tensors[need.source].data.nbytes
+                if progress:
+                    progress(done / total)
 
-    def _keep(self, area: np.ndarray) -> int:
-        self._memory.append(area)
-        return area.ctypes.data
-
-    def _load(self, pool, row, need, tensors) -> Weight:
-        tensor, bias = _read(need, tensors)
-        if need.role == "matrix":
-            weight = self._matrix(pool, row, need, tensor)
-        elif need.role == "table":
-            weight = self._table(row, need, tensor.float32())
-        else:
-            weight = self._table(row, need, tensor.float32()[None])
-        if bias is not None:
-            if need.role == "matrix":
-                bias = np.append(bias, 0)[_row_map(need, len(bias))]  # index -1: padding
-            area = aligned(weight.n if need.role == "matrix" else weight.k, np.float32)
-            area[: len(bias)] = bias
-            self.table[row]["bias"] = self._keep(area)
-        tensors[need.source].release()
-        return weight
-
-    def _table(self, row, need, values) -> Weight:
+    def _table(self, need, weight, values):
+        values = np.atleast_2d(values)
         if need.out_head:
             values = np.pad(values, ((0, 0), (0, 1)))[:, _row_map(need, values.shape[1])]
-        n, k = values.shape
-        area = aligned((n, padded(k)), np.float32)
-        area[:, :k] = values
-        self.table[row]["n"], self.table[row]["k"] = n, padded(k)
-        self.table[row]["data"] = self._keep(area)
-        return Weight(row, "f32", n, padded(k))
+        self.areas[f"{weight.name}.data"][:, : values.shape[1]] = values
 
-    def _matrix(self, pool, row, need, tensor) -> Weight:
+    def _matrix(self, pool, need, weight, tensor):
         columns = tensor.shape[0] if need.transposed else tensor.shape[1]
-        group = need.in_head // 2 if need.in_head else columns
-        padded_group = padded(need.in_head) // 2 if need.in_head else padded(columns)
-        k = columns // group * padded_group
-        format_, through_floats = _format(need, tensor, self.quant)
+        group, padded_group = _groups(need, columns)
+        format_, k = weight.format, weight.k
         kind, data = tensor.kind, tensor.data
-        if through_floats:
+        if _format(need, tensor, self.quant)[1]:
             kind, data = "f32", np.ascontiguousarray(tensor.float32()).reshape(-1).view(np.uint8)
         elif data.ctypes.data % max(1, _ELEMENT.get(kind, 1)):
             data = data.copy()  # a safetensors file may put its data at any byte
-        layout = FORMATS[format_]
         available = tensor.shape[1] if need.transposed else tensor.shape[0]
         rows = _row_map(need, available)
-        n = padded(len(rows))  # whole panels, and a whole number of blocks for whoever reads the result
-        rows = np.pad(rows, (0, n - len(rows)), constant_values=-1).astype(np.int32)
-        panels, blocks = n // PANEL, k // PAD
-        packed = aligned((panels, blocks, layout.panel_bytes), np.uint8)
-        scales = aligned((panels, blocks, layout.scale_bytes), np.uint8)
+        rows = np.pad(rows, (0, weight.n - len(rows)), constant_values=-1).astype(np.int32)
+        panels = weight.n // PANEL
         source = SOURCE.rows()
         row_bytes = data.nbytes // tensor.shape[0]
         element = _ELEMENT.get(kind, 0)
@@ -196,7 +217,9 @@ class Weights:
         source["column_stride"] = row_bytes if need.transposed else element
         source["rows"], source["k"], source["padded_k"] = rows.ctypes.data, columns, k
         source["group"], source["padded_group"] = group, padded_group if need.in_head else group
-        source["data_out"], source["scales_out"] = packed.ctypes.data, scales.ctypes.data
+        for part in ("data", "scales"):
+            if (area := f"{weight.name}.{part}") in self.areas:
+                source[f"{part}_out"] = self.areas[area].ctypes.data
         pack = PACKERS[kind, format_]
         pack.address  # noqa: B018 - compile here, once, not in every thread of the pool
 
@@ -206,11 +229,52 @@ class Weights:
 
         step = max(1, math.ceil(panels / self._threads))
         list(pool.map(work, range(0, panels, step), [min(p + step, panels) for p in range(0, panels, step)]))
-        entry = self.table[row]
-        entry["n"], entry["k"] = n, k
-        entry["data"], entry["scales"] = self._keep(packed), self._keep(scales)
-        entry["gather"] = layout.gather.address if need.fine else 0
-        return Weight(row, format_, n, k)
+
+
+def _weight(name: str, row: int, need: Need, tensors, quant: str, packed: Packed | None) -> Weight:
+    """What a need becomes: the format that is asked for, or that the file has."""
+    if packed:
+        format_ = packed.format(name, 0 if need.role == "matrix" else 4 * math.prod(need.shape))
+    else:
+        format_ = _format(need, tensors[need.source], quant)[0] if need.role == "matrix" else "f32"
+    return Weight(name, row, format_, *_extent(need, tensors))
+
+
+def _extent(need: Need, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Padded rows and columns of what a need becomes: of a matrix whole panels, and a whole number of blocks
+    for whoever reads the result."""
+    if need.role == "matrix":
+        n, k = need.shape[::-1] if need.transposed else need.shape
+        group, padded_group = _groups(need, k)
+        return padded(_count(need, n)), k // group * padded_group
+    shape = _read(need, tensors)[0].shape if need.change else need.shape
+    return math.prod(shape[:-1]), padded(_count(need, shape[-1]))
+
+
+def _groups(need: Need, columns: int) -> tuple[int, int]:
+    """Columns that stay together, and the room they get."""
+    if need.in_head:
+        return need.in_head // 2, padded(need.in_head) // 2
+    return columns, padded(columns)
+
+
+def _count(need: Need, available: int) -> int:
+    """The length of `_row_map`."""
+    rows = len(range(available)[slice(*need.columns)]) if need.columns else available
+    return rows // need.out_head * padded(need.out_head) if need.out_head else rows
+
+
+def _areas(need: Need, weight: Weight) -> Layout:
+    """The areas a weight lies in."""
+    areas = {"data": (np.float32, (weight.n, weight.k))}
+    if need.role == "matrix":
+        layout, blocks = FORMATS[weight.format], (weight.n // PANEL, weight.k // PAD)
+        areas = {"data": (np.uint8, (*blocks, layout.panel_bytes))}
+        if layout.scale_bytes:
+            areas["scales"] = (np.uint8, (*blocks, layout.scale_bytes))
+    if need.bias:
+        areas["bias"] = (np.float32, (weight.n if need.role == "matrix" else weight.k,))
+    return {f"{weight.name}.{part}": what for part, what in areas.items()}
 
 
 def _read(need: Need, tensors: Mapping[str, Tensor]) -> tuple[Tensor, np.ndarray | None]:
@@ -255,12 +319,10 @@ def _format(need: Need, tensor: Tensor, quant: str) -> tuple[str, bool]:
     return wanted or "f32", True
 
 
-def packed_bytes(need: Need, tensor: Tensor, quant: str) -> int:
-    """Bytes of memory a tensor will take (padding of heads aside)."""
-    if need.role != "matrix":
-        return 4 * math.prod(need.shape)
-    layout = FORMATS[_format(need, tensor, quant)[0]]
-    n, k = need.shape[::-1] if need.transposed else need.shape
-    if need.columns:
-        n = need.columns[1] - need.columns[0]
-    return padded(n) // PANEL * padded(k) // PAD * (layout.panel_bytes + layout.scale_bytes)
+def packed_bytes(needs: Mapping[str, Need], tensors: Mapping[str, Tensor], quant: str) -> int:
+    """Bytes of memory the weights will take."""
+    total = 0
+    for need in dict.fromkeys(needs.values()):
+        weight = _weight("", 0, need, tensors, quant, None)
+        total += sum(nbytes(*what) for what in _areas(need, weight).values())
+    return total
