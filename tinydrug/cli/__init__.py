@@ -112,6 +112,9 @@ def _terminable() -> Iterator[None]:
 
 
 COMMANDS = {  # word: the module whose run(words after it) returns the exit status
+    "lab": "tinydrug.cli.lab",
+    "bench": "tinydrug.cli.bench",
     "models": "tinydrug.cli.models",
+    "quantize": "tinydrug.cli.quantize",
     "replay": "tinydrug.cli.replay",
 }

@@ -66,6 +66,7 @@ def idle_flags(args: argparse.Namespace) -> list[str]:
     undosed = not drugged and not is_interactive(args)
     cuts = {"--top-k": args.top_k != 0, "--top-p": args.top_p != 1, "--min-p": args.min_p != 0}
     drugs = {f"--drug-{name}": vars(args)[f"drug_{name}"] is not None for name in ("scale", "sink", "prompt")}
+    drugs["--drug-protect-special"] = args.drug_protect_special
     return [
         *(f"{flag} changes nothing at --temp 0, which is greedy" for flag in cuts if greedy and cuts[flag]),
         *(f"{flag} changes nothing without --drug" for flag in drugs if undosed and drugs[flag]),

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 
 from tinydrug.errors import ConfigError
@@ -114,8 +115,10 @@ def _check_together(args: argparse.Namespace) -> None:
     for name, needed in (("logprobs", "json"), ("keep", "context_shift")):
         if name in given and needed not in given:
             raise ConfigError(f"{_flag(name)} needs {_flag(needed)}", name)
-    if args.record is not None and args.record in ("-", args.output_file):
-        raise ConfigError("--record: give it a file of its own", "record")
+    if args.record is not None:
+        written = [os.path.realpath(path) for path in (args.record, args.output_file) if path is not None]
+        if args.record == "-" or len(written) > len(set(written)):
+            raise ConfigError("--record: give it a file of its own", "record")
     for name in ("system_prompt", "chat_template"):
         if name in given and args.conversation is False:
             raise ConfigError(f"{_flag(name)} is for a chat: drop it or --no-conversation", name)
@@ -189,6 +192,8 @@ def _parser() -> Parser:
         "ORG/NAME on the Hugging Face hub (default: the one marked in that list)")
     add("--quant", choices=("none", "f32", "q8", "q4"), default="none", metavar="KIND",
         help="quantise on loading: q8, q4, f32, or none: as the file has it (default: none)")
+    add("--keep-packed", **on, help="keep the weights as they are packed in weights/MODEL-KIND, so that the "
+        "next start maps them (see `tinydrug quantize`)")
     add("-c", "--ctx-size", type=whole(0), default=0, help="context in tokens (default: 0, the model's own)")
     add("--cache-type", choices=("f16", "f32"), default="f16", metavar="KIND",
         help="numbers of the key-value cache: f16 or f32 (default: f16)")

@@ -14,6 +14,7 @@ from tinydrug.cli.console import Console
 from tinydrug.cli.inputs import Inputs, read_schedule
 from tinydrug.loading import load
 from tinydrug.noise import COUNTED, Schedule
+from tinydrug.noise.drift import TERMS
 
 SLOW = 1.0  # seconds after which compiling is worth a line
 CONTINUES = 128  # tokens at most, of a text that is continued
@@ -53,6 +54,7 @@ def load_engine(args: argparse.Namespace, console: Console) -> Engine:
         state=args.state_type,
         chunk=args.batch_size,
         rewind_every=args.rewind_every,
+        keep_packed=args.keep_packed,
         mmap=not args.no_mmap,
         check_tensors=args.check_tensors,
         pull=True if args.pull else None,
@@ -117,7 +119,7 @@ class Talk:
 
     def dose(self, doses: str) -> None:
         """Use these doses from the next answer on, with the flags for all doses. DrugError."""
-        self.session.dose(read_schedule(self._args, doses))
+        self.session.dose(self.engine.resolve(read_schedule(self._args, doses)))
 
     def answer(self, prompt: Prompt, each: Callable[[Step], None]) -> Completion:
         """Answer, handing on every step; Ctrl-C ends it early, with finish_reason "cancelled".
@@ -182,7 +184,11 @@ class Talk:
         for site, (vectors, angle, expected, drift) in completion.verified.items():
             theory = "-" if expected is None else f"{expected:.4f}"
             lines.append(f"{site:<6}{vectors:>12,}{angle:>12.4f}{theory:>12}{drift:>12.1e}")
-        return "\n".join(lines if completion.verified else ["no vector was moved"])
+        terms = [name for name in TERMS if completion.moved.get(name)]
+        unmeasured = [f"{' and '.join(terms)}: not measured, only noise of an angle is"] if terms else []
+        if not completion.verified:
+            lines = [] if terms else ["no vector was moved"]
+        return "\n".join(lines + unmeasured)
 
     @contextmanager
     def sobering(self) -> Iterator[None]:

@@ -44,29 +44,51 @@ def generate(
     Prompts are drugged as each schedule says, generated tokens always. progress(done, total) counts prompt
     tokens."""
     for request in requests:
-        request.session.check(request.ids)
-        request.session.born = request.session.pos + len(request.ids)
-        if request.max_tokens == 0:
-            request.finish = "length"
+        begin(request)
     logits = _prefill(runtime, requests, progress)
     active = [i for i, request in enumerate(requests) if request.finish is None]
     while active:
         for i in active:
             request = requests[i]
-            choice = request.sampler(logits[i], request.session.ids, len(request.generated))
-            request.generated.append(choice.id)
-            if choice.id in request.stop_ids:
-                request.finish = "stop"
-            elif len(request.generated) == request.max_tokens:
-                request.finish = "length"
-            elif request.session.pos == runtime.n_ctx and request.shift_keep is None:
-                request.finish = "context"
-            yield Event(i, choice, request.finish)
+            yield Event(i, choose(request, logits[i]), request.finish)
             if request.stopped and request.finish is None:
                 request.finish = "cancelled"
         active = [i for i in active if requests[i].finish is None]
         if active:
             logits = _decode(runtime, requests, active)
+
+
+def begin(request: Request) -> None:
+    """Check its tokens. PromptError, ContextOverflow."""
+    request.session.check(request.ids)
+    request.session.born = request.session.pos + len(request.ids)
+    if request.max_tokens == 0:
+        request.finish = "length"
+
+
+def choose(request: Request, logits: np.ndarray) -> Choice:
+    """Its next token, from logits (V,); sets `finish` if that is the last one."""
+    session = request.session
+    choice = request.sampler(logits, session.ids, len(request.generated))
+    request.generated.append(choice.id)
+    if choice.id in request.stop_ids:
+        request.finish = "stop"
+    elif len(request.generated) == request.max_tokens:
+        request.finish = "length"
+    elif session.pos == session.runtime.n_ctx and request.shift_keep is None:
+        request.finish = "context"
+    return choice
+
+
+def follow(request: Request) -> Part:
+    """Its last token, to be fed; before that, rows written under noise are rewound if there are enough of
+    them, and a full context is shifted."""
+    session = request.session
+    if session.rewind_every and session.dirty >= session.rewind_every:
+        session.sober_up()
+    if session.pos == session.runtime.n_ctx:
+        session.shift(request.shift_keep)
+    return Part(session, request.generated[-1:], True, 1)
 
 
 def _prefill(runtime, requests, progress) -> dict[int, np.ndarray]:
@@ -97,12 +119,6 @@ def _decode(runtime, requests, active) -> dict[int, np.ndarray]:
     logits = {}
     for at in range(0, len(active), runtime.chunk):
         group = active[at : at + runtime.chunk]
-        for i in group:
-            session = requests[i].session
-            if session.rewind_every and session.dirty >= session.rewind_every:
-                session.sober_up()
-            if session.pos == runtime.n_ctx:
-                session.shift(requests[i].shift_keep)
-        rows = runtime.step([Part(requests[i].session, requests[i].generated[-1:], True, 1) for i in group])
+        rows = runtime.step([follow(requests[i]) for i in group])
         logits |= dict(zip(group, rows, strict=True))
     return logits

@@ -29,15 +29,17 @@ class Prefix:
         self._kept.clear()
 
     def share(self, session: Session, prompt: Sequence[int]) -> None:
-        """Give a new session the rows of the kept one that its prompt begins with, all but the last token.
+        """Let a new session inherit from the kept one."""
+        with suppress(IndexError):
+            inherit(session, self._kept.pop(), prompt)
 
-        Only rows that are as if never drugged, and only if the prompt would be read without noise here: then
-        every bit is as if the prompt had been read anew, whatever the schedules and seeds.
-        """
-        try:
-            kept = self._kept.pop()
-        except IndexError:
-            return
-        if session.schedule.is_sober or session.schedule.prompt != "all":
-            with suppress(ValueError):  # the ring has moved on
-                session.adopt(kept, common(kept.ids[: kept.clean], prompt[:-1]))
+
+def inherit(session: Session, kept: Session, prompt: Sequence[int]) -> None:
+    """Give a new session the rows of one no longer used that its prompt begins with, all but the last token.
+
+    Only rows that are as if never drugged, and only if the prompt would be read without noise here: then
+    every bit is as if the prompt had been read anew, whatever the schedules and seeds.
+    """
+    if session.schedule.is_sober or session.schedule.prompt != "all":
+        with suppress(ValueError):  # the ring has moved on
+            session.adopt(kept, common(kept.ids[: kept.clean], prompt[:-1]))

@@ -13,11 +13,13 @@ from importlib.metadata import version
 from math import isfinite
 from platform import python_version
 
+from tinydrug.engine.checks import MOST
 from tinydrug.engine.files import replacing
 from tinydrug.engine.history import Noise, Write, check
 from tinydrug.engine.identity import difference, package_version
 from tinydrug.engine.sampling import RULES, Sampling
 from tinydrug.errors import ConfigError
+from tinydrug.noise.schedule import MAX_SEED
 
 FORMAT = "tinydrug record 1"
 LIBRARIES = ("numpy", "numba", "llvmlite")
@@ -177,8 +179,8 @@ def _model(data) -> dict:
         _text(model.get(name))
     _whole(model.get("n_ctx"))
     if model.get("features") is not None:
-        for name in ("m", "seed"):
-            _whole(_object(model["features"]).get(name))
+        features = _object(model["features"])
+        _whole(features.get("m")), _whole(features.get("seed"), MAX_SEED)
     return model
 
 
@@ -192,8 +194,8 @@ def _ids(data) -> tuple[int, ...]:
     return tuple(_whole(i) for i in _list(data))
 
 
-def _whole(data) -> int:
-    if type(data) is not int or not 0 <= data < 2**31:
+def _whole(data, most: int = MOST) -> int:
+    if type(data) is not int or not 0 <= data <= most:
         raise ValueError(f"{data!r:.40} is not a whole number")
     return data
 

@@ -16,6 +16,7 @@ from tinydrug.engine.cache import RingCache, slots_needed
 from tinydrug.engine.doses import dose_table, term_table
 from tinydrug.engine.pace import Pace
 from tinydrug.engine.state import RecurrentState
+from tinydrug.errors import ConfigError
 from tinydrug.formats.config import Config
 from tinydrug.formats.weights import Weights, padded
 from tinydrug.kernels.attention import CHUNK, ROWS, partial_bytes
@@ -64,8 +65,9 @@ class Runtime:
         rewind_every: int = REWIND_EVERY,
         progress: Callable[[float], None] | None = None,
         tokenizer: Callable[[], str] = lambda: "",  # gives its fingerprint
+        probe: bool = False,  # keep hidden states: `hidden` has another runtime for it
     ):
-        self._tokenizer = tokenizer
+        self._tokenizer, self._architecture = tokenizer, architecture
         self.config, self.weights, self.n_ctx, self.cell, self.chunk = config, weights, n_ctx, cell, chunk
         self.rewind_every = rewind_every
         self.slots = slots_needed(n_ctx, config.sliding_window, chunk, rewind_every)
@@ -74,6 +76,7 @@ class Runtime:
         self._program = (
             FeatureProgram(config, weights, cell, features) if features else Program(config, weights, cell)
         )
+        self._program.hidden = [] if probe else None
         self._outputs = architecture.forward(self._program, config, n_ctx)
         self.sober = dose_table(SOBER, config.n_layers, cell)
         self.sober_terms = term_table(SOBER, config)
@@ -128,10 +131,16 @@ class Runtime:
         return RecurrentState(self._program, self.slots)
 
     def redraw(self, seed: int) -> None:
-        """Draw the random features of srf attention anew. Sessions read their tokens again when next used."""
+        """Draw the random features of srf attention anew. Sessions read their tokens again when next used.
+        ConfigError if there are none."""
+        if self.features is None:
+            raise ConfigError(
+                'attention: softmax has no features to redraw: load with attention="srf"', "attention"
+            )
         with self._lock:
             self.features = replace(self.features, seed=seed)
-            self._program.draw(self.features)
+            for runtime in self._both():
+                runtime._program.draw(self.features)
             vars(self).pop("identity", None)
 
     def step(self, parts: Sequence[Part]) -> np.ndarray:
@@ -142,10 +151,39 @@ class Runtime:
         with self._lock:
             return self._step(parts).copy()  # the next step, perhaps another thread's, overwrites them
 
+    def hidden(self, parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
+        """As `step` -> logits (outputs, V), and of the same tokens the residual stream after every layer,
+        (L, outputs, D) float32. What `step` costs does not grow by it."""
+        with self._lock:
+            logits = self._probed._step(parts)
+            n, D = len(logits), self.config.hidden_size
+            return logits.copy(), np.stack([area[:n, :D] for area in self._probed._hidden])
+
+    @cached_property
+    def _probed(self) -> "Runtime":
+        """This model with a program that keeps hidden states; sequences belong to both."""
+        return Runtime(
+            self.config,
+            self.weights,
+            self._architecture,
+            threads=self.threads,
+            n_ctx=self.n_ctx,
+            cell=self.cell,
+            features=self.features,
+            chunk=self.chunk,
+            rewind_every=self.rewind_every,
+            probe=True,
+        )
+
+    def _both(self) -> list["Runtime"]:
+        """This one, and the one that keeps hidden states if there is any."""
+        return [self, *filter(None, [vars(self).get("_probed")])]
+
     def close(self) -> None:
         """Let the threads go; the next step would start them again."""
         with self._lock:
-            self._team.close()
+            for runtime in self._both():
+                runtime._team.close()
 
     def profile(self, on: bool) -> None:
         """Start (from zero) or stop counting the cycles of every operation."""
@@ -173,6 +211,7 @@ class Runtime:
                 start = session.pos + ahead.get(id(session), 0)
                 ahead[id(session)] = ahead.get(id(session), 0) + n
             session.coming(part.ids, start)
+            self._program.reach(start + n)
             doses = session.doses if part.drugged else self.sober
             terms = session.terms if part.drugged else self.sober_terms
             noisy = part.drugged and not session.schedule.is_sober
@@ -259,3 +298,4 @@ class Runtime:
         self._call["ops"], self._call["n_ops"] = self._ops.ctypes.data, len(self._ops)
         logits = self._areas[place[self._outputs.slot]][:count].view(np.float32)
         self._logits = logits[:, : self.config.vocab_size]
+        self._hidden = [self._areas[place[v.slot]].view(np.float32) for v in program.hidden or ()]

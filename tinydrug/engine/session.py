@@ -3,16 +3,20 @@
 import copy
 import os
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import numpy as np
 
 from tinydrug.engine import snapshot
+from tinydrug.engine.checks import whole, wholes
 from tinydrug.engine.doses import dose_table, term_table
 from tinydrug.engine.history import Noise, Write, cut, note
 from tinydrug.engine.runtime import Part, Runtime
 from tinydrug.errors import ConfigError, ContextOverflow, DrugError, PromptError
 from tinydrug.formats.weights import padded
 from tinydrug.noise import COUNTED, SITES, SOBER, Schedule
+from tinydrug.noise.checks import shown
+from tinydrug.noise.schedule import MAX_SEED, PROMPTS
 
 
 class Session:
@@ -44,6 +48,10 @@ class Session:
     def dose(self, schedule: Schedule, noise_seed: int | None = None) -> None:
         """Use this schedule from now on; its own seed wins over noise_seed. DrugError if it does not fit the
         model."""
+        if not isinstance(schedule, Schedule):
+            raise DrugError(f"schedule must be a Schedule, not {shown(schedule)}: Schedule.parse reads text")
+        if noise_seed is not None:
+            noise_seed = whole(noise_seed, "noise_seed", 0, MAX_SEED)
         doses = dose_table(schedule, self.runtime.config.n_layers, self.runtime.cell)
         if self.runtime.features and doses["theta"][:, [SITES["K"].code, SITES["V"].code]].any():
             raise DrugError(
@@ -60,9 +68,10 @@ class Session:
 
     def protect(self, positions: Sequence[int] = (), ids: Sequence[int] = ()) -> None:
         """Positions, and tokens wherever they stand, that noise never touches, beside the sink."""
-        self._protected_positions, self._protected_ids = tuple(map(int, positions)), tuple(map(int, ids))
+        positions, ids = wholes(positions, "positions"), wholes(ids, "ids")
+        self._protected_positions, self._protected_ids = positions, ids
         self._touchable = np.arange(len(self.awake) - 1) >= self.schedule.sink
-        self._touchable[[p for p in positions if 0 <= p < len(self._touchable)]] = False
+        self._touchable[[p for p in positions if p < len(self._touchable)]] = False
         self._mark(self.ids, 0)
 
     def _mark(self, ids: Sequence[int], start: int) -> None:
@@ -103,11 +112,12 @@ class Session:
     def check(self, ids: Sequence[int]) -> None:
         """PromptError or ContextOverflow if these tokens cannot be fed now."""
         self._catch_up()
+        if not isinstance(ids, (Sequence, np.ndarray)):
+            raise PromptError(f"token ids must be a list, not {shown(ids)}")
+        last = self.runtime.config.vocab_size - 1
         for token in ids:
-            if not 0 <= token < self.runtime.config.vocab_size:
-                raise PromptError(
-                    f"token id {token} is not between 0 and {self.runtime.config.vocab_size - 1}"
-                )
+            if not isinstance(token, Integral) or not 0 <= token <= last:
+                raise PromptError(f"token id {shown(token)} is not between 0 and {last}")
         if self.pos + len(ids) > self.runtime.n_ctx:
             raise ContextOverflow(self.pos + len(ids), self.runtime.n_ctx)
 
@@ -128,10 +138,16 @@ class Session:
         return parts
 
     def feed(self, ids: Sequence[int], drugged: str = "none", outputs: int = 1) -> np.ndarray:
-        """Feed tokens -> logits (outputs, V) of the last `outputs` of them, float32, a copy."""
+        """Feed tokens -> logits (outputs, V) of the last `outputs` of them, float32, a copy. drugged: none,
+        last (only the last token), all. PromptError, ContextOverflow, ConfigError."""
         self.check(ids)
+        if not len(ids):
+            raise PromptError("there are no tokens to feed")
+        if drugged not in PROMPTS:
+            raise ConfigError(f"drugged: {shown(drugged)} is not {' or '.join(PROMPTS)}", "drugged")
+        outputs = whole(outputs, "outputs", 0, len(ids))
         rows = [self.runtime.step([part]) for part in self.parts(ids, drugged, outputs)]
-        return np.concatenate(rows)
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def advance(self, ids: Sequence[int], drugged: bool) -> None:
         """Called by the runtime: these tokens are in the cache now."""
@@ -167,6 +183,7 @@ class Session:
         Rows read after drugged ones are written anew too, since they have seen them. Afterwards the cache
         equals, bit for bit, one that was never drugged. Between chunks of so many tokens, interrupt() may
         stop the work; what is done stays done."""
+        chunk = self.runtime.chunk if chunk is None else whole(chunk, "chunk", 1)
         if self._clean is None:
             return 0
         if self._lost(
@@ -175,7 +192,7 @@ class Session:
             self._clean, interrupt = 0, lambda: False
         self._clean = self.cache.turn_back(self._clean)
         while self._clean is not None and not interrupt():
-            self._rewrite(min(self._clean + (chunk or self.runtime.chunk), self.pos))
+            self._rewrite(min(self._clean + min(chunk, self.runtime.chunk), self.pos))
         return self.pos - self.clean
 
     def _rewrite(self, last: int) -> None:
@@ -202,14 +219,13 @@ class Session:
         return pos > 0 and seen < self._written - self.cache.slots
 
     def rewind(self, n: int) -> None:
-        """Forget the last n tokens. ValueError if the ring no longer holds what the tokens before them must
-        see."""
+        """Forget the last n tokens. ConfigError if there are fewer, or if the ring no longer holds what the
+        tokens before them must see."""
+        n = whole(n, f"cannot rewind {shown(n)} of {self.pos} tokens", 0, self.pos, "n")
         pos = self.pos - n
-        if n < 0 or pos < 0:
-            raise ValueError(f"cannot rewind {n} of {self.pos} tokens")
         if self._lost(pos):
-            raise ValueError(
-                f"cannot rewind {n} tokens: {self.cache.slots} slots no longer hold what came before"
+            raise ConfigError(
+                f"cannot rewind {n} tokens: {self.cache.slots} slots no longer hold what came before", "n"
             )
         del self.ids[pos:]
         self.born = min(self.born, pos)
@@ -235,6 +251,7 @@ class Session:
 
         They are fed anew, without noise, at their new positions: the same state as a prompt of those
         tokens gives."""
+        keep = whole(keep, "keep")
         if keep >= self.pos == self.runtime.n_ctx:
             raise ConfigError(f"a shift that keeps {keep} of {self.pos} tokens makes no room", "shift_keep")
         keep = min(keep, self.pos)
@@ -268,7 +285,7 @@ class Session:
 
     def adopt(self, other: "Session", rows: int) -> None:
         """Take over the cache of a sequence that is no longer needed, with its first rows, which are clean.
-        ValueError if its ring no longer holds what they must see."""
+        ConfigError if its ring no longer holds what they must see."""
         other.rewind(other.pos - rows)
         self.cache, self.ids, self._written = other.cache, other.ids, other._written if rows else 0
 

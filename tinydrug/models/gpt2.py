@@ -114,4 +114,5 @@ def forward(p: Program, c: Config, n_positions: int) -> Value:
         x = p.linear(y, f"{i}.attn_proj", onto=x)
         h = p.activate(p.linear(p.layer_norm(x, f"{i}.ln_2"), f"{i}.c_fc"))  # (T, F)
         x = p.linear(p.noise("M", i, h), f"{i}.mlp_proj", onto=x)
+        p.probe(x)  # (T, D)
     return p.linear(p.layer_norm(p.asked(x), "ln_f"), "lm_head")

@@ -18,6 +18,7 @@ from tinydrug.kernels.attention import ATTEND
 from tinydrug.kernels.jit import Kernel
 from tinydrug.kernels.pack import FORMATS
 from tinydrug.kernels.tables import OP
+from tinydrug.models.rope import RopeTable
 from tinydrug.noise import SITES
 
 CELL_BYTES = {"f16": 2, "f32": 4}
@@ -76,9 +77,11 @@ class Program:
         self.config, self.weights, self.cell = config, weights, cell
         self.steps: list[Step] = []
         self.row_bytes: list[int] = []  # of each slot
+        self.hidden: list[Value] | None = None  # a list: hidden states are kept in these, layer by layer
         self._quantised: dict[Value, Value] = {}
         self._half = padded(config.head_dim) // 2  # floats of half a head, padded
         self.tables: list[np.ndarray] = []  # constant tables that values may stand for
+        self._rotary: list[RopeTable] = []  # those that are computed as positions are reached
 
     # --- the vocabulary of a model file ---------------------------------------------------------------------
     def embed(self, name: str) -> Value:
@@ -187,10 +190,25 @@ class Program:
         self._note(embed.asked, SHARED, x=x, y=y)
         return y
 
+    def probe(self, x: Value) -> None:
+        """x (T, D) as it leaves a layer: kept, of tokens whose logits are asked for, if that is wanted."""
+        if self.hidden is not None:
+            self.hidden.append(self.asked(x))
+
     def constant(self, table: np.ndarray) -> Value:
         """A float table of one row a position, which operations may read."""
         self.tables.append(table)
         return Value(-1 - len(self.tables), table.strides[0], table.shape[-1])
+
+    def rotary(self, n_positions: int) -> Value:
+        """The table of cosines and sines that `rope` turns by."""
+        self._rotary.append(RopeTable(self.config, n_positions, self._half))
+        return self.constant(self._rotary[-1].rows)
+
+    def reach(self, end: int) -> None:
+        """Called by the runtime: positions before this one are about to be used."""
+        for table in self._rotary:
+            table.reach(end)
 
     @cached_property
     def _driftless(self) -> Value:
@@ -259,6 +277,7 @@ class Program:
     def place(self) -> list[int]:
         """The memory area of each slot: slots of one size that are never alive together share one."""
         last = {slot: i for i, step in enumerate(self.steps) for slot, _ in step.reads + step.writes}
+        last |= {value.slot: len(self.steps) for value in self.hidden or ()}  # read when all is done
         free, place, n_areas = {}, {}, 0
         for i, step in enumerate(self.steps):
             slots = dict.fromkeys(slot for slot, _ in step.writes + step.reads if slot >= 0)

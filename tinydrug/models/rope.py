@@ -12,6 +12,7 @@ from tinydrug.errors import UnsupportedModel
 from tinydrug.formats.config import Config
 
 f4 = np.float32
+PIECE = 4096  # positions
 
 
 def _option(config, name, *default):
@@ -121,13 +122,21 @@ def check_rope(config: Config, path) -> None:
         raise UnsupportedModel(f"{path}: {error}") from None
 
 
-def rope_table(config: Config, n_positions: int, half: int) -> np.ndarray:
-    """(positions, 2, half) float32: cosines and sines, the attention factor multiplied in, d/2 of each and
-    zeros."""
-    positions = np.arange(n_positions)
-    frequencies, factor = ROPES[config.rope.kind](config, positions)
-    angles = positions[:, None].astype(f4) * frequencies
-    table = np.zeros((n_positions, 2, half), f4)
-    table[:, 0, : config.head_dim // 2] = np.cos(angles) * f4(factor)
-    table[:, 1, : config.head_dim // 2] = np.sin(angles) * f4(factor)
-    return table
+class RopeTable:
+    """`rows` (positions, 2, half) float32: cosines and sines, the attention factor multiplied in, d/2 of each
+    and zeros. They are computed, PIECE at a time, when a position is first reached: a long context costs
+    nothing before it is used."""
+
+    def __init__(self, config: Config, n_positions: int, half: int):
+        self.rows = np.zeros((n_positions, 2, half), f4)
+        self._config, self._done = config, 0
+
+    def reach(self, end: int) -> None:
+        """See to it that the rows of all positions before this one are there."""
+        while self._done < end:
+            positions = np.arange(self._done, min(self._done + PIECE, len(self.rows)))
+            frequencies, factor = ROPES[self._config.rope.kind](self._config, positions)
+            angles = positions[:, None].astype(f4) * frequencies
+            rows = self.rows[positions[0] : positions[-1] + 1, :, : self._config.head_dim // 2]
+            rows[:, 0], rows[:, 1] = np.cos(angles) * f4(factor), np.sin(angles) * f4(factor)
+            self._done += len(positions)

@@ -1,6 +1,6 @@
 """Noise as a value: sites, doses, the schedule of a run, and its text, table and file forms."""
 
-from tinydrug.noise.dose import Dose, parse_dose
+from tinydrug.noise.dose import Dose, Effect, parse_dose
 from tinydrug.noise.drift import COUNTED, Term
 from tinydrug.noise.files import load_schedule, save_schedule
 from tinydrug.noise.profile import Profile
@@ -14,6 +14,7 @@ __all__ = [
     "SOBER",
     "Depth",
     "Dose",
+    "Effect",
     "Layers",
     "Profile",
     "Schedule",

@@ -22,15 +22,30 @@ KEYS = ("site", "theta", "layers", "depth", "profile", "mode", *KINDS, *FIELDS)
 
 
 @dataclass(frozen=True)
+class Effect:
+    """In place of an angle: whichever has this effect on the model, a mean KL(sober||drugged) of `kl` nats a
+    token. `Engine.resolve` finds it. Raises DrugError."""
+
+    kl: float
+
+    def __post_init__(self):
+        object.__setattr__(self, "kl", number(self.kl, "kl", least=0))
+
+    def __str__(self) -> str:
+        return f"kl={write_number(self.kl)}"
+
+
+@dataclass(frozen=True)
 class Dose:
     """Noise of at most `theta` radians at `site`, in the layers of `where` (None: all).
 
     `theta` is one angle, or a tuple with one angle a layer from layer 0 on: layers after it get none, and
-    `where` must be None. `str` gives the text that `parse_dose` reads. Raises DrugError; warns above pi.
+    `where` must be None; or an Effect, until the model is known. `str` gives the text that `parse_dose`
+    reads. Raises DrugError; warns above pi.
     """
 
     site: str
-    theta: float | tuple[float, ...]
+    theta: float | tuple[float, ...] | Effect
     where: Where | None = None
     law: str = "uniform"
     form: str = "rotation"
@@ -48,12 +63,19 @@ class Dose:
             raise DrugError(f"where must be Layers, Depth or Profile, not {shown(self.where)}")
         if self.where is not None and isinstance(self.theta, tuple):
             raise DrugError("one theta a layer already says where: drop the layers, depth or profile")
-        if self.peak > math.pi:
+        if not self.is_open and self.peak > math.pi:
             log.warning("drug %s: %.4g rad is above pi, half a turn", self.head, self.peak)
 
     @property
+    def is_open(self) -> bool:
+        """Whether its angle is yet to be found."""
+        return isinstance(self.theta, Effect)
+
+    @property
     def peak(self) -> float:
-        """The largest theta any layer can get, in radians."""
+        """The largest theta any layer can get, in radians; infinite while it is open."""
+        if self.is_open:
+            return math.inf if self.theta.kl else 0.0
         if isinstance(self.theta, tuple):
             return max(self.theta)
         return self.theta * (1.0 if self.where is None else self.where.peak)
@@ -72,6 +94,8 @@ class Dose:
             return thetas
 
     def _thetas(self, n_layers: int) -> np.ndarray:
+        if self.is_open:
+            raise DrugError("its angle is found on a loaded model: Engine.resolve")
         if isinstance(self.theta, tuple):
             if len(self.theta) > n_layers:
                 raise DrugError(f"gives theta of {len(self.theta)} layers, the model has {n_layers}")
@@ -86,6 +110,7 @@ class Dose:
     def to_dict(self) -> dict:
         """Plain data with the keys of a drug file; `from_dict` reads it."""
         theta = list(self.theta) if isinstance(self.theta, tuple) else self.theta
+        theta = str(theta) if self.is_open else theta
         where = {} if self.where is None else self.where.to_dict()
         kinds = {kind: getattr(self, kind) for kind in KINDS}
         return {"site": self.site, "theta": theta, **where, **kinds, **self.time.to_dict()}
@@ -113,7 +138,7 @@ class Dose:
             theta = "/".join(map(write_number, self.theta))
             theta += "/" * (len(self.theta) == 1)  # tells layer 0 alone from one theta for all layers
         else:
-            theta = write_number(self.theta)
+            theta = str(self.theta) if self.is_open else write_number(self.theta)
         where = "" if self.where is None else f"@{self.where}"
         law, time = LAWS[self.law].mark, str(self.time)
         if time:
@@ -124,7 +149,8 @@ class Dose:
 def parse_dose(text: str) -> Dose:
     """`[L2|NL]SITE[n]:THETA[@WHERE][~LAW]`, for instance V:0.05, pK:3deg@8-15, A:0.1@0.3..0.5~gauss+held.
 
-    THETA is in radians unless it ends in `deg`; angles by slashes (0/0/0.05) are one a layer from layer 0 on.
+    THETA is in radians unless it ends in `deg`; angles by slashes (0/0/0.05) are one a layer from layer 0 on;
+    kl=0.05 is whatever angle makes the model's next-token distributions differ so much from sober ones.
     WHERE is layers (8, 8-15, 8-9+20), a depth (0.3..0.5), a profile (DEPTH:PEAKRATIO/.../MODE)
     or a preset (readme, samples, slowfall, single:8, stack:8).
     After ~, by plus signs: the law, held or wander:TOKENS, cosine:TOKENS or linear:TOKENS, tied.
@@ -172,8 +198,13 @@ def _by_mark(registry: Mapping[str, Choice], mark: str, refusal: str) -> str:
     raise DrugError(f"{refusal}, only {', '.join(known)}")
 
 
-def parse_theta(text: str) -> float | tuple[float, ...]:
-    """`0.05`, `3deg`, or angles by slashes, one a layer -> radians. Raises DrugError."""
+def parse_theta(text: str) -> float | tuple[float, ...] | Effect:
+    """`0.05`, `3deg`, or angles by slashes, one a layer -> radians; `kl=0.05` -> Effect. Raises DrugError."""
+    name, equals, value = text.partition("=")
+    if equals:
+        if name.strip().lower() != "kl":
+            raise DrugError(f"theta {shown(text)} is not a number; by its effect it is written kl=0.05")
+        return Effect(read_number(value, "kl", least=0))
     if "/" in text:
         return tuple(_parse_angle(part) for part in text.strip().removesuffix("/").split("/"))
     return _parse_angle(text)
@@ -186,7 +217,9 @@ def _parse_angle(text: str) -> float:
     return read_number(text, "theta", least=0)
 
 
-def _checked_theta(theta) -> float | tuple[float, ...]:
+def _checked_theta(theta) -> float | tuple[float, ...] | Effect:
+    if isinstance(theta, Effect):
+        return theta
     if not isinstance(theta, (tuple, list, np.ndarray)):
         return number(theta, "theta", least=0)
     if len(theta) == 0:

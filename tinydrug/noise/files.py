@@ -137,8 +137,9 @@ def _read_row(header: list[str], row: list[str], thetas: dict, kinds: dict) -> N
     layer, theta = cells["layer"], parse_theta(cells["theta"])
     if not (layer.isascii() and layer.isdigit() and len(layer) < 10 and int(layer) < MAX_LAYERS):
         raise DrugError(f"layer {shown(layer)} is not a whole number from 0 to {MAX_LAYERS - 1}")
-    if isinstance(theta, tuple):
-        raise DrugError(f"theta {shown(cells['theta'])} is more than one angle")
+    if not isinstance(theta, float):
+        several = "more than one angle" if isinstance(theta, tuple) else "no angle, which this table holds"
+        raise DrugError(f"theta {shown(cells['theta'])} is {several}")
     site = find_site(cells["site"]).letter
     column = thetas.setdefault(site, {})
     if int(layer) in column:

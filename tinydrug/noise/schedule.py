@@ -75,7 +75,9 @@ class Schedule:
         given = {name: value for name, value in options.items() if value is not None}
         if isinstance(specs, Schedule):
             return replace(specs, **given)
-        specs = [specs] if isinstance(specs, (str, Dose)) else specs or ()
+        specs = [specs] if isinstance(specs, (str, Dose)) else () if specs is None else specs
+        if not isinstance(specs, Iterable):
+            raise DrugError(f"drug must be text, doses or a Schedule, not {shown(specs)}")
         items = [item for spec in specs for item in (spec.split(",") if isinstance(spec, str) else [spec])]
         doses, written, sober = [], {}, False
         for item in items:
@@ -83,7 +85,7 @@ class Schedule:
                 doses.append(item)
             elif item.strip().lower() == "sober":
                 sober = True
-            elif "=" in item:
+            elif "=" in item and ":" not in item.partition("=")[0]:  # V:kl=0.05 is a dose
                 name, value = _parse_option(item)
                 if name in written:
                     raise DrugError(f"{name} is given twice: keep one")
@@ -102,6 +104,11 @@ class Schedule:
     def is_sober(self) -> bool:
         """No layer of any model gets noise from this schedule."""
         return self.scale == 0 or all(each.peak == 0 for each in (*self.doses, *self.terms))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a dose is told by its effect, so that its angle is yet to be found."""
+        return any(dose.is_open for dose in self.doses)
 
     @property
     def terms(self) -> tuple[Term, ...]:

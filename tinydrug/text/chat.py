@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Callable
 from datetime import datetime
 from reprlib import repr as short
 
@@ -18,17 +19,19 @@ def render(
     add_generation_prompt: bool = True,
     tokens: dict[str, str] | None = None,
     kwargs: dict | None = None,
+    guard: Callable[[str], str] = str,
 ) -> str:
     """The prompt of a conversation, with BOS if the template writes it.
 
     `messages` are objects of text, each with "role" and "content"; `tokens` the tokenizer's special_tokens;
-    `kwargs` more variables for the template, as JSON values. Templates are not trusted: they reach no Python
-    object, and they and what they write are limited in size (but not in time).
+    `kwargs` more variables for the template, as JSON values; `guard` is applied to each text of the messages,
+    so that a tokenizer can tell it from what the template writes. Templates are not trusted: they reach no
+    Python object, and they and what they write are limited in size (but not in time).
 
     PromptError (malformed messages, or the template refuses them), BadModelFile (the template is broken).
     """
     variables = {"tools": None, "documents": None} | (tokens or {}) | _plain(kwargs or {})
-    variables |= {"messages": _checked(messages), "add_generation_prompt": add_generation_prompt}
+    variables |= {"messages": _checked(messages, guard), "add_generation_prompt": add_generation_prompt}
     try:
         parts, size = [], 0
         for part in _compiled(template).generate(variables):
@@ -51,7 +54,7 @@ def named_template(name: str) -> str:
     return TEMPLATES[name]
 
 
-def _checked(messages) -> list[dict[str, str]]:
+def _checked(messages, guard) -> list[dict[str, str]]:
     """A copy of the messages, of plain text only."""
     if not isinstance(messages, list | tuple) or not messages:
         raise PromptError(f"messages: expected a list of objects, got {short(messages)}")
@@ -61,7 +64,7 @@ def _checked(messages) -> list[dict[str, str]]:
         for name, value in message.items():
             if not isinstance(name, str) or not isinstance(value, str):
                 raise PromptError(f"messages[{index}]: {short(name)} is not text")
-    return [{str(name): str(value) for name, value in message.items()} for message in messages]
+    return [{str(name): guard(value) for name, value in message.items()} for message in messages]
 
 
 def _plain(kwargs: dict) -> dict:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from tinydrug.errors import BadModelFile
-from tinydrug.text.tokenizers_backend import BYTE_TOKEN
+from tinydrug.text.tokenizers_backend import BYTE_TOKEN, GUARD, any_of, unguard
 
 SPACE = "\u2581"
 NO_DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 0])  # normalizer_spec { add_dummy_prefix: false }
@@ -56,14 +56,18 @@ class SentencePieceBackend:
         self._added = {i: AddedToken(self._pieces[i]) for i in sorted(own)} | added
         self._id_of = {token.content: token_id for token_id, token in self._added.items()}
         self.special_ids = frozenset(token_id for token_id, token in self._added.items() if token.special)
+        self.specials = any_of(token.content for token in self._added.values() if token.special)
         self.size = max(len(self._pieces), *(token_id + 1 for token_id in self._added))
         self._any_added = _alternatives(self._added.values())
         self._not_special = _alternatives(token for token in self._added.values() if not token.special)
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """Ids without BOS or EOS; `special`: the text of special tokens inside is recognised."""
+        """Ids without BOS or EOS; `special`: the text of special tokens inside is recognised, unless it is
+        guarded."""
         ids, position = [], 0
         for match in (self._any_added if special else self._not_special).finditer(text):
+            if special and text[match.start() - 1 : match.start()] == GUARD:
+                continue
             ids += self._encode_between(text, position, match.start())
             token_id = self._id_of.get(match[0])
             ids.append(self._id_of[match[0].strip()] if token_id is None else token_id)
@@ -89,8 +93,9 @@ class SentencePieceBackend:
         return token.replace(SPACE, " ")
 
     def _encode_between(self, text: str, start: int, end: int) -> list[int]:
-        """Ids of text[start:end], which holds no added token."""
-        return (self._model if start == 0 else self._continued).encode(text[start:end]) if start < end else []
+        """Ids of text[start:end], which holds no added token but guarded ones."""
+        piece = unguard(self.specials, text[start:end])
+        return (self._model if start == 0 else self._continued).encode(piece) if piece else []
 
 
 def _load(model: bytes, path):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tinydrug.errors import ConfigError, PromptError
 from tinydrug.text.detokenizer import Detokenizer
+from tinydrug.text.tokenizers_backend import GUARD
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,11 @@ class Tokenizer:
             prefix = (self.bos_id,)
         ids = self.backend.encode(text, special)
         return [*(() if tuple(ids[: len(prefix)]) == prefix else prefix), *ids, *suffix]
+
+    def guard(self, text: str) -> str:
+        """`text` with a guard before each special token in it: `encode` takes these for text, as it does all
+        that someone types."""
+        return self.backend.specials.sub(lambda match: GUARD + match[0], text)
 
     def decode(self, ids, *, skip_special: bool = True) -> str:
         """The text of `ids`, as Hugging Face's decode gives it; ids outside the vocabulary add nothing."""

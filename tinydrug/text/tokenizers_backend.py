@@ -3,10 +3,13 @@
 import json
 import re
 import threading
+from collections.abc import Iterable
+from functools import cached_property
 
 from tinydrug.errors import UnsupportedModel
 
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+GUARD = "\ufdd0"  # a noncharacter. What would be a special token is text like any other after it
 DECODERS = re.compile("ByteLevel|(Replace )*(ByteFallback )?Fuse( Strip)?")
 
 
@@ -21,10 +24,16 @@ class TokenizersBackend:
         self.size = tokenizer.get_vocab_size()
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.specials = any_of(added[token_id].content for token_id in self.special_ids)
         self._read_decoder(source)
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """Ids without BOS or EOS; `special`: the text of special tokens inside is recognised."""
+        """Ids without BOS or EOS; `special`: the text of special tokens inside is recognised, unless it is
+        guarded."""
+        if special and GUARD in text:
+            twin, id_of = self._guarded_twin
+            ids = twin.encode(unguard(self.specials, text, GUARD), add_special_tokens=False).ids
+            return [id_of.get(i, i) for i in ids]
         with self._lock:  # a switch of the shared tokenizer
             self._tokenizer.encode_special_tokens = not special
             return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -51,6 +60,15 @@ class TokenizersBackend:
             return bytes.fromhex(byte[1])
         return token
 
+    @cached_property
+    def _guarded_twin(self):
+        """The same tokenizer with special tokens spelt behind a guard, and our ids of its added tokens."""
+        state = json.loads(self._tokenizer.to_str())
+        for token in state["added_tokens"]:
+            token["content"] = GUARD * token["special"] + token["content"]
+        twin = type(self._tokenizer).from_str(json.dumps(state))
+        return twin, {twin.token_to_id(token["content"]): token["id"] for token in state["added_tokens"]}
+
     def _read_decoder(self, source) -> None:
         """How ids become text: by byte-level BPE's alphabet, or as Llama's vocabularies do it."""
         decoder = self._tokenizer.decoder
@@ -70,6 +88,17 @@ class TokenizersBackend:
         self._replacements = [(stage["pattern"]["String"], stage["content"]) for stage in replace]
         self._byte_fallback = "ByteFallback" in kinds
         self._byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
+
+
+def any_of(contents: Iterable[str]) -> re.Pattern:
+    """Any of these texts, the longest where several match; none matches nothing."""
+    return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)")
+
+
+def unguard(specials: re.Pattern, text: str, mark: str = "") -> str:
+    """`text` without its guards, and with a mark before each special token that has none."""
+    either = re.compile(f"({GUARD}?)({specials.pattern})")
+    return either.sub(lambda match: match[2] if match[1] else mark + match[2], text)
 
 
 def byte_alphabet() -> str:
