@@ -92,7 +92,7 @@ class Limits:
         return part * self.threads / statistics.median(seconds) / 1e9
 
     def gops(self, rounds: int = 3) -> dict[str, float]:
-        """GOP/s by unit: float32 multiply-adds, and bytes in vector registers and, if there are any, tiles."""
+        """GOP/s by unit: float32 multiply-adds, bytes in vector registers, and in tiles if there are any."""
         data = self._area.ctypes.data
         units = {
             "f32": (fused_multiply_adds, data, 8 * 16),

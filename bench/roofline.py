@@ -5,7 +5,7 @@
 FILE holds what bench.kernels printed; without one, that is measured first. Needs matplotlib. Across:
 operations for each byte that must come from memory; upwards: operations a second. What is near the slope is
 limited by memory, what is near a level by the arithmetic that the level is named after. A line joins one
-kernel on one matrix for 1, 8, 64 and 512 tokens.
+kernel on one matrix of the last shape that was measured, for 1, 8, 64 and 512 tokens.
 """
 
 import argparse
@@ -24,7 +24,7 @@ STYLES = {  # colours of Okabe and Ito, which everyone can tell apart, and marke
     "linear q4_k": ("#999999", "X"),
     "attention f16": ("#CC79A7", "D"),
 }
-LEFT, RIGHT = 0.2, 4000  # operations a byte
+LEFT, RIGHT = 0.3, 2000  # operations a byte
 
 
 def main() -> None:
@@ -51,7 +51,9 @@ def draw(result: dict, path: Path) -> None:
     axes = figure.add_subplot()
     _ceilings(axes, result["read GB/s"], result["GOP/s"])
     lines: dict[tuple[str, str], list] = {}
-    for point in (kernels.Point(**row) for row in result["points"]):
+    points = [kernels.Point(**row) for row in result["points"]]
+    shape = points[-1].case.partition(":")[0]  # an attention's
+    for point in (point for point in points if point.case.startswith(shape)):
         lines.setdefault((point.kernel, point.case), []).append((point.ops / point.nbytes, point.gops))
     named = set()
     for (kernel, _), points in lines.items():

@@ -147,14 +147,22 @@ def test_gguf(kind, pack, tmp_path, monkeypatch):
     assert open_checkpoint(folder).metadata == open_checkpoint(tmp_path / "m.gguf").metadata
 
 
+ROWS, COLUMNS = 80, 512
+
+
+def stored(kind: str) -> Tensor:
+    """A tensor of this kind: numbers, or blocks of any bits."""
+    if FORMATS[kind].quantised:
+        nbytes = byte_size("", "w", kind, (ROWS, COLUMNS))
+        blocks = tiny.counter_hash("stored", -(-nbytes // 8)).astype("<u8").view(np.uint8)[:nbytes]
+        return Tensor("w", (ROWS, COLUMNS), kind, blocks, "test")
+    return tensor("w", tiny.uniform("stored", (ROWS, COLUMNS)), kind)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format(name, tmp_path):
     """Panels of any format come back as they were; all are whole lines, or the next would not be aligned."""
-    rows, columns = 80, 512
-    nbytes = byte_size("", "w", name, (rows, columns))
-    blocks = np.frombuffer(np.random.default_rng(0).bytes(nbytes), np.uint8)
-    tensors = {"w": Tensor("w", (rows, columns), name, blocks, "test")}
-    needs = {"w": Need("w", (rows, columns), fine=True)}
+    tensors, needs = {"w": stored(name)}, {"w": Need("w", (ROWS, COLUMNS), fine=True)}
     before = Weights(needs, tensors, "none", 2)
     assert before["w"].format == name and all(area.nbytes % LINE == 0 for area in before.areas.values())
     packed.save(tmp_path / "w", Checkpoint(tmp_path, None, {}, {}, tensors), before, "")
@@ -165,20 +173,24 @@ def test_every_format(name, tmp_path):
         np.testing.assert_array_equal(after.areas[area], before.areas[area])
 
 
-PINNED = {  # format: what 64 rows of 96 numbers become; if one changes, raise the number in packed.LAYOUT
-    "f32": "3097e019c79c30dc",
-    "f16": "bf868db498db01a7",
-    "bf16": "6c4aa6773667aef4",
-    "q8_0": "46bda813a9b29945",
-    "q4_0": "2a7782db3fab2a1f",
-    "q4_1": "e58e4ed8dd91dde7",
+PINNED = {  # format: what a tensor of it becomes; if one changes, raise the number in packed.LAYOUT
+    "f32": "ae8ff05ec5bb1f21",
+    "f16": "4939102067f1a4df",
+    "bf16": "4d5010f46253b2f6",
+    "q8_0": "27b1e1f162d3bb20",
+    "q4_0": "333e946363b238fe",
+    "q5_0": "8ecd00b658ca5c6b",
+    "q4_1": "a71943ce6bdc252a",
+    "q5_1": "16a52337cbd70123",
+    "q4_k": "6288f8a9a26d7171",
+    "q5_k": "8672f494d273dc96",
+    "q6_k": "eb6692b16d7b1949",
 }
 
 
 @pytest.mark.parametrize("name", PINNED)
 def test_a_format_that_packs_otherwise_needs_another_layout(name):
-    values = tensor("w", tiny.uniform("pinned", (64, 96)), name)
-    found = Weights({"w": Need("w", (64, 96))}, {"w": values}, "none", 1)
+    found = Weights({"w": Need("w", (ROWS, COLUMNS))}, {"w": stored(name)}, "none", 1)
     assert (found["w"].format, found.fingerprint()[:16]) == (name, PINNED[name])
     assert packed.LAYOUT == "panels 16 x 32, 1"
 
