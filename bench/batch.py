@@ -1,6 +1,8 @@
 """Eight sequences decoded together, against one.
 
-python -m bench.batch [--shape llama-1.1b:q4]
+    python -m bench.batch [--shape llama-1.1b:q4]
+
+A step reads the weights once, whatever the number of sequences.
 """
 
 import argparse

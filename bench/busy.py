@@ -1,6 +1,8 @@
 """Decoding on a busy machine: two processes that do nothing but count run beside it.
 
-python -m bench.busy [--shape smollm2-135m:q4] [--llama-bench PATH]
+    python -m bench.busy [--shape smollm2-135m:q4] [--llama-bench PATH]
+
+Quiet and busy take turns. On two cores, half of the quiet speed is a fair share.
 """
 
 import argparse
@@ -29,7 +31,7 @@ def measure(args: argparse.Namespace) -> Iterable[Row]:
                 contenders = {"ours": lambda ours=ours: ours.decode(4 * args.n)}
                 if args.llama_bench:
                     peer = LlamaCpp(args.llama_bench, gguf, args.threads)
-                    contenders["theirs"] = lambda peer=peer: peer.speeds(0, args.n)[1]
+                    contenders["theirs"] = lambda peer=peer: peer.speeds(0, max(4, args.n // 4))[1]
                 ours.decode(args.n)
                 for _ in range(args.rounds):
                     for who, speed in contenders.items():
@@ -37,14 +39,13 @@ def measure(args: argparse.Namespace) -> Iterable[Row]:
                         with _company():
                             speeds[who, "busy"].append(speed())
             median = {key: statistics.median(values) for key, values in speeds.items()}
-            what = f"{spec} decode beside {PROCESSES} busy processes"
-            yield Row(what, median["ours", "busy"], "tokens/s", "quiet", median["ours", "quiet"], least=0.5)
+            what = f"decode beside {PROCESSES} busy processes"
+            figure = f"{spec} {what}", median["ours", "busy"], "tokens/s"
+            yield Row(*figure, "quiet", median["ours", "quiet"], least=0.5)
             if args.llama_bench:
-                name = f"llama.cpp {KINDS[spec.split(':')[1]]}"
-                yield Row(what, median["ours", "busy"], "tokens/s", f"{name}, busy", median["theirs", "busy"])
-                yield Row(
-                    f"{name} {what}", median["theirs", "busy"], "tokens/s", "quiet", median["theirs", "quiet"]
-                )
+                name, theirs = f"llama.cpp {KINDS[spec.split(':')[1]]}", median["theirs", "busy"]
+                yield Row(*figure, f"{name}, as busy", theirs)
+                yield Row(f"{name} {what}", theirs, "tokens/s", "quiet", median["theirs", "quiet"])
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Decoding after a long context: against after a short one, and against llama.cpp after as long a one.
 
-python -m bench.context [--shape llama-1.1b:q4] [-d 4096] [--llama-bench PATH]
+    python -m bench.context [--shape llama-1.1b:q4] [-d 4096] [--llama-bench PATH]
+
+Every token reads the whole cache, in f16 in both engines.
 """
 
 import argparse

@@ -12,14 +12,43 @@ from numba import types
 from tinydrug.kernels import amx
 from tinydrug.kernels.jit import kernel
 from tinydrug.kernels.memory import aligned
-from tinydrug.kernels.probe import dot_products, read_memory
-from tinydrug.kernels.vectors import address, i8, load, op, tile8, tile_fma, tile_store, void
+from tinydrug.kernels.vectors import (
+    address,
+    floats,
+    i8,
+    load,
+    load_bytes,
+    op,
+    store_f32,
+    sum_lanes,
+    tile8,
+    tile_as_floats,
+    tile_dot4,
+    tile_fma,
+    tile_ints,
+    tile_store,
+    void,
+)
 
 NEVER_CACHED = 1 << 30  # bytes that no cache of one core's holds
-REPEATS = 1_000_000  # of what an arithmetic probe does in registers
+REPEATS = 10_000_000  # of what an arithmetic probe does in registers
 
 
-@kernel(types.void(types.int64, types.int64, types.int64), cached=False)
+f4 = np.float32
+PROBE = types.void(types.int64, types.int64, types.int64)
+
+
+@kernel(PROBE, cached=False)
+def read_memory(start, nbytes, out):
+    """Load every byte once, in four streams far apart; the sum goes to out so that nothing is left away."""
+    a, b, c, d = floats(f4(0.0)), floats(f4(0.0)), floats(f4(0.0)), floats(f4(0.0))
+    step = nbytes // 4
+    for p in range(start, start + step, 64):
+        a, b, c, d = a + load(p), b + load(p + step), c + load(p + 2 * step), d + load(p + 3 * step)
+    store_f32(out, sum_lanes(a + b + c + d))
+
+
+@kernel(PROBE, cached=False)
 def fused_multiply_adds(rounds, data, out):
     """rounds x 8 x 16 of them in float32, one operand in a register and one in the first cache lines."""
     acc = tile8()
@@ -27,6 +56,16 @@ def fused_multiply_adds(rounds, data, out):
     for _ in range(rounds):
         acc = tile_fma(acc, w, data + 64, 4)
     tile_store(acc, out, 64)
+
+
+@kernel(PROBE, cached=False)
+def dot_products(rounds, data, out):
+    """rounds x 8 x 16 dot products of 4 bytes, operands in registers or the first cache lines."""
+    acc = tile_ints(tile8())
+    w = load_bytes(data)
+    for _ in range(rounds):
+        acc = tile_dot4(acc, w, data + 64, 4)
+    tile_store(tile_as_floats(acc), out, 64)
 
 
 def _instruction(name: str, *tiles: int):
@@ -47,7 +86,7 @@ product_0, product_1, product_2, product_3 = (
 )
 
 
-@kernel(types.void(types.int64, types.int64, types.int64), cached=False)
+@kernel(PROBE, cached=False)
 def tile_products(rounds, shapes, out):
     """rounds x 4 products of full tiles of signed bytes, (16, 64) by (64, 16)."""
     configure(shapes)

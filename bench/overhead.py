@@ -10,6 +10,7 @@ import argparse
 import statistics
 from collections.abc import Iterable
 from itertools import product
+from pathlib import Path
 
 from bench.card import Row, run
 from bench.ours import Ours
@@ -30,22 +31,27 @@ def measure(args: argparse.Namespace) -> Iterable[Row]:
     depths = sorted({min(SHORT, args.depth), args.depth})
     with scratch_folder(args.scratch) as scratch:
         for spec in args.shape or ["smollm2-135m:q4"]:
-            with Ours(gguf_model(spec, scratch), args.threads, depths[-1] + TURN) as ours:
-                for depth, site, law in product(depths, TARGETS, READ):
-                    drugged, sober = _times(ours, depth, f"{site}:0.05{LAWS[law].mark}", args.rounds)
+            gguf = gguf_model(spec, scratch)
+            for depth in depths:
+                for site, law, drugged, sober in _times(gguf, depth, args):
                     target = TARGETS[site][law][depth > SHORT]
                     what = f"{spec} {site} {law} after {depth}"
                     yield Row(what, 1e3 * drugged, "ms/token", "sober", 1e3 * sober, most=target)
 
 
-def _times(ours: Ours, depth: int, drug: str, rounds: int) -> tuple[float, float]:
-    """Median seconds of a token under a drug, and of one without."""
-    ours.decode(1, depth, drug)  # compiles the law
-    times = {drug: [], None: []}
-    for _ in range(rounds):
-        for each, seconds in times.items():
-            seconds += ours.token_seconds(TURN, depth, each)
-    return statistics.median(times[drug]), statistics.median(times[None])
+def _times(gguf: Path, depth: int, args: argparse.Namespace) -> Iterable[tuple[str, str, float, float]]:
+    """Median seconds of a token under each drug, and of one without: (site, law, drugged, sober).
+
+    Two engines: each chooses how many threads to use by how long its own tokens take."""
+    with Ours(gguf, args.threads, depth + TURN) as one, Ours(gguf, args.threads, depth + TURN) as other:
+        for site, law in product(TARGETS, READ):
+            drug = f"{site}:0.05{LAWS[law].mark}"
+            one.token_seconds(TURN, depth, drug)  # compiles the law, and settles
+            drugged, sober = [], []
+            for _ in range(args.rounds):
+                drugged += one.token_seconds(TURN, depth, drug)
+                sober += other.token_seconds(TURN, depth, None)
+            yield site, law, statistics.median(drugged), statistics.median(sober)
 
 
 if __name__ == "__main__":

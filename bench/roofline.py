@@ -24,7 +24,7 @@ STYLES = {  # colours of Okabe and Ito, which everyone can tell apart, and marke
     "linear q4_k": ("#999999", "X"),
     "attention f16": ("#CC79A7", "D"),
 }
-LEFT, RIGHT = 0.3, 2000  # operations a byte
+LEFT, RIGHT = 0.3, 4000  # operations a byte
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def draw(result: dict, path: Path) -> None:
         title=f"{about['cpu']}, {about['threads']} threads, {about['isa']}, {about['date'].split()[0]}",
     )
     axes.grid(which="major", color="#dddddd", linewidth=0.6)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower right", framealpha=1, edgecolor="#dddddd")
     figure.savefig(path)
 
 

@@ -1,6 +1,8 @@
 """How speed grows with threads: 1, 2, 4 and so on, to all there are.
 
-python -m bench.threads [--shape smollm2-135m:q4]
+    python -m bench.threads [--shape smollm2-135m:q4]
+
+Every number of threads has an engine of its own; they take turns.
 """
 
 import argparse

@@ -532,7 +532,7 @@ def opened(source):
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), SystemExit(143)], ids=repr
 )
-@pytest.mark.parametrize("when", ["writing", "syncing", "copying"])
+@pytest.mark.parametrize("when", ["writing", "syncing", "copying", "naming"])
 def test_an_interrupted_write_changes_nothing(when, error, there, opened, tmp_path, monkeypatch):
     target = tmp_path / "packed"
     if there:
@@ -549,6 +549,9 @@ def test_an_interrupted_write_changes_nothing(when, error, there, opened, tmp_pa
         monkeypatch.setattr(os, "fsync", fail)
     if when == "copying":
         monkeypatch.setattr(shutil, "copyfile", fail)
+    if when == "naming":
+        rename = os.rename
+        monkeypatch.setattr(os, "rename", lambda a, b: fail() if a.name == "new" else rename(a, b))
     with pytest.raises(ConfigError if isinstance(error, OSError) else type(error)) as caught:
         packed.save(target, *opened, "from x\n", progress)
     assert calls and listing(tmp_path) == before and len(os.listdir(tmp_path)) == there

@@ -101,8 +101,8 @@ def load(
     checkpoint = checkpoint or open_checkpoint(found.path, mmap=mmap)
     if checkpoint.packed and quant not in ("none", checkpoint.packed.quant):
         raise ConfigError(
-            f"--quant: {checkpoint.path} was packed with --quant {checkpoint.packed.quant}, not {quant}: leave "
-            "it out, or name the model it was packed from",
+            f"--quant: {checkpoint.path} was packed with --quant {checkpoint.packed.quant}, not {quant}: "
+            "leave it out, or name the model it was packed from",
             "quant",
         )
     tokenizer = load_tokenizer(checkpoint)

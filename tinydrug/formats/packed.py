@@ -232,7 +232,7 @@ def _kind(dtype: type) -> str:
 # --- writing ------------------------------------------------------------------------------------------------
 def check_target(folder: str | os.PathLike, nbytes: int) -> None:
     """ConfigError unless so many bytes of packed weights can become `folder`, as far as one can tell."""
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))
     try:
         held = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
         free = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
@@ -260,21 +260,25 @@ def save(
     One that is there already is replaced if it holds the like and nothing else. ConfigError if it holds more,
     or the disk does not take it; then nothing has changed.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))
     header = _header(checkpoint, weights)
     check_target(folder, len(header) + weights.nbytes)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _scratch(folder.parent) as scratch:
-            new = scratch / "new"
+            new, old = scratch / "new", scratch / "old"
             new.mkdir()
             for name in TOKENIZER if checkpoint.folder else ():
                 _copy(checkpoint.folder / name, new / name)
             (new / NOTE).write_text(note, "utf-8")
             _write(new / FILE, header, weights, progress)
-            if folder.exists():
-                os.rename(folder, scratch / "old")
-            os.rename(new, folder)
+            try:
+                if folder.exists():
+                    os.rename(folder, old)
+                os.rename(new, folder)
+            finally:
+                if old.exists() and not folder.exists():
+                    os.rename(old, folder)
     except OSError as error:
         raise _unwritten(folder, error) from None
 
