@@ -476,7 +476,7 @@ def test_scores_far_apart_and_far_below_zero():
 
 # --- functions
 
-FUNCTION = {"exp": 0, "tanh": 1, "erf": 2, "sigmoid": 3, "sin": 4, "cos": 5}
+FUNCTION = {"exp": 0, "tanh": 1, "erf": 2, "sigmoid": 3, "sin": 4, "cos": 5, "exp2": 6}
 
 
 @pytest.fixture(scope="module")
@@ -497,8 +497,10 @@ def function():
                 v = maths.sigmoid(v)
             elif which == 4:
                 v = maths.sin_cos_half(v)[0]
-            else:
+            elif which == 5:
                 v = maths.sin_cos_half(v)[1]
+            else:
+                v = maths.exp2_falling(v)
             store(y + j, v)
 
     def call(name, x):
@@ -517,6 +519,15 @@ def test_exp(function):
     assert found[-4] == found[-3] == found[-2] == 1  # exactly: a softmax's largest weight
     extremes = function("exp", np.array([-87.5, -1e4, -np.inf, 89, 1e4, np.inf, np.nan], np.float32))
     np.testing.assert_array_equal(extremes, [0, 0, 0, np.inf, np.inf, np.inf, np.nan])
+
+
+def test_exp2_falling(function):
+    x = np.concatenate([np.linspace(-126, 0, 40001), [-0.0, -1e-30]]).astype(np.float32)
+    found = function("exp2", x)
+    np.testing.assert_allclose(found, np.exp2(x.astype(np.float64)), rtol=3e-7)
+    assert (found[-3:] == 1).all()  # exactly: a softmax's largest weight
+    extremes = function("exp2", np.array([-126.5, -1e30, -np.inf, np.nan], np.float32))
+    np.testing.assert_array_equal(extremes, [0, 0, 0, np.nan])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 from tinydrug.errors import DrugError
-from tinydrug.kernels.laws import views_of
+from tinydrug.kernels.laws import of_function
 from tinydrug.kernels.noise import LAWS as KERNELS
 from tinydrug.kernels.noise import make_law
 from tinydrug.noise.laws import LAWS, Choice
@@ -28,7 +28,7 @@ def register_law(name: str, component: Callable[[float], float], what: str = "")
         raise DrugError(f"there is a law {name!r} already")
     if not callable(component):
         raise DrugError(f"law {name}: component must be a function of one number, not {component!r}")
-    views = views_of(component)
-    KERNELS[name] = tuple(make_law(name, *views, wandering=w, cached=False) for w in (False, True))
+    law = of_function(component)
+    KERNELS[name] = tuple(make_law(name, law, wandering=w, cached=False) for w in (False, True))
     code = max([FIRST_CODE, *(choice.code + 1 for choice in LAWS.values())])
     LAWS[name] = Choice(code, f"~{name}", what or "registered by the caller")

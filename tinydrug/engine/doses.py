@@ -28,7 +28,7 @@ def dose_table(schedule: Schedule, n_layers: int, cell: str) -> np.ndarray:
             if not column.any():
                 continue
             if site.letter == "K":
-                table["scores"][column, site.code] = law.scores[cell].address
+                table["keys"][column, site.code] = law.keys[cell].address
             elif site.letter == "V":
                 table["values"][column, site.code] = law.values[cell].address
             else:

@@ -19,8 +19,8 @@ from tinydrug.engine.state import RecurrentState
 from tinydrug.errors import ConfigError
 from tinydrug.formats.config import Config
 from tinydrug.formats.weights import Weights, padded
-from tinydrug.kernels.attention import CHUNK, ROWS, partial_bytes
-from tinydrug.kernels.linear import scratch_bytes
+from tinydrug.kernels import attention, linear
+from tinydrug.kernels.attention import CHUNK, partial_bytes, split_tiles
 from tinydrug.kernels.memory import aligned
 from tinydrug.kernels.tables import CALL, OPERAND, SPAN, TOKEN
 from tinydrug.kernels.team import Team, post, serve
@@ -90,8 +90,7 @@ class Runtime:
         weakref.finalize(self, self._team.dismiss)  # may run anywhere: it must not wait
         d = padded(config.head_dim)
         widest = padded(max(config.hidden_size, config.intermediate_size, config.n_heads * d))
-        attention = 4 * d * (ROWS + 16) + 2 * partial_bytes(d) + 4096  # tiles, noisy values, partial results
-        room = padded(max(attention, 2048 + 4 * widest, scratch_bytes(widest)), 4096)
+        room = padded(max(attention.scratch_bytes(d), linear.scratch_bytes(widest), 2048 + 4 * widest), 4096)
         self._scratch = aligned((threads, room), np.uint8)
         self._call["scratch"], self._call["scratch_stride"] = (
             self._scratch.ctypes.data,
@@ -254,7 +253,7 @@ class Runtime:
             return
         self._span_room = count
         c = self.config
-        tiles = count * c.n_kv_heads * max(1, -(-c.n_heads // c.n_kv_heads // ROWS) + 1)
+        tiles = count * c.n_kv_heads * split_tiles(c.n_heads // c.n_kv_heads)
         chunks = self.n_ctx // CHUNK + 2
         self._parts = aligned(tiles * chunks * partial_bytes(padded(c.head_dim)), np.uint8, huge=False)
         self._part_counts = aligned(tiles, np.int64)

@@ -11,12 +11,13 @@ import numpy as np
 from tinydrug.kernels.embed import copy_row
 from tinydrug.kernels.generator import draw_key, streams
 from tinydrug.kernels.jit import inline
-from tinydrug.kernels.laws import gauss_by_component
+from tinydrug.kernels.laws import LAWS
 from tinydrug.kernels.noise import is_protected
 from tinydrug.kernels.tables import my_rows, operation, row, rows_of
 from tinydrug.kernels.vectors import atomic_add, floats, fma, ints, load, store
 
 f4, i4 = np.float32, np.int32
+normal = LAWS["gauss"].components
 SITE = 1 << 16  # in the key of a draw: apart from every site's
 
 
@@ -40,7 +41,7 @@ def diffuse_head(x, d, spread, std, term, key, position):
     """Noise for the d components of one head at x."""
     first, second = streams(ints(i4(position)), key)
     for j in range(0, 4 * d, 128):
-        n0, n1 = gauss_by_component(first, second, j // 128)
+        n0, n1 = normal(first, second, j // 128)
         add_noise(x + j, spread + j, std + j, term, n0)
         add_noise(x + j + 64, spread + j + 64, std + j + 64, term, n1)
 

@@ -10,7 +10,7 @@ and batches change no draw.
 import numpy as np
 
 from tinydrug.kernels.jit import inline
-from tinydrug.kernels.vectors import ints, shift_right
+from tinydrug.kernels.vectors import ints, lane, shift_right
 
 i4, i8, u8 = np.int32, np.int64, np.uint64
 GOLDEN = i4(-1640531527)  # 2^32 / golden ratio: spreads a counter over all bits
@@ -47,3 +47,9 @@ def streams(positions, key):
 def word(first, second, index):
     """The index-th random word of each lane."""
     return mix(first + index * GOLDEN, second)
+
+
+@inline
+def words(first, second, block):
+    """The words 16 block .. 16 block + 15 of one vector, whose own are in all lanes."""
+    return word(first + i4(16 * block) * GOLDEN, second, lane())

@@ -12,8 +12,6 @@ from tinydrug.kernels.vectors import (
     round_even,
     select,
     shift_left,
-    shift_right_signed,
-    to_floats,
     to_ints,
 )
 
@@ -37,6 +35,21 @@ def exp(x):
     result = p * half * f4(2.0)
     result = select(x < f4(-87.0), floats(f4(0.0)), result)
     return select(x > f4(88.7), floats(f4(np.inf)), result)
+
+
+@inline
+def exp2_falling(x):
+    """2^x for x <= 0, relative error 2e-7; 0 below -126; NaN stays NaN. A minimax polynomial, 1 at 0."""
+    y = select(x < f4(-126.0), floats(f4(-126.0)), x)
+    t = y + f4(12583039.0)  # 1.5 * 2^23 + 127: the low bits of the sum are x, rounded, plus the bias
+    r = y - (t - f4(12583039.0))
+    p = fma(floats(f4(1.326472731e-3)), r, floats(f4(9.671512991e-3)))
+    p = fma(p, r, floats(f4(5.550733581e-2)))
+    p = fma(p, r, floats(f4(2.402224243e-1)))
+    p = fma(p, r, floats(f4(6.931470037e-1)))
+    p = fma(p, r, floats(f4(1.0)))
+    result = p * as_floats(shift_left(as_ints(t), i4(23)))
+    return select(x < f4(-126.0), floats(f4(0.0)), result)
 
 
 @inline
@@ -79,19 +92,3 @@ def sin_cos_half(half):
     c = fma(c, z, floats(f4(-0.5)))
     c = fma(c, z, floats(f4(1.0)))
     return s * c * f4(2.0), fma(s * f4(-2.0), s, floats(f4(1.0)))
-
-
-@inline
-def log(x):
-    """Natural logarithm of normal positive floats, absolute error 2e-6: a polynomial on [0.707, 1.414)."""
-    bits = as_ints(x) - i4(0x3F3504F3)  # the bits of sqrt(1/2), from where the exponent then counts
-    exponent = to_floats(shift_right_signed(bits, i4(23)))
-    z = as_floats((bits & i4(0x007FFFFF)) + i4(0x3F3504F3)) - f4(1.0)
-    p = floats(f4(0.116578061))
-    p = fma(p, z, floats(f4(-0.185738401)))
-    p = fma(p, z, floats(f4(0.205254436)))
-    p = fma(p, z, floats(f4(-0.249203363)))
-    p = fma(p, z, floats(f4(0.333135633)))
-    p = fma(p, z, floats(f4(-0.500008774)))
-    p = fma(p, z, floats(f4(1.00000103)))
-    return fma(exponent, floats(f4(0.6931471806)), p * z)

@@ -16,7 +16,8 @@ from tinydrug.kernels.embed import copy_row
 from tinydrug.kernels.generator import draw_key, streams, word
 from tinydrug.kernels.jit import Kernel, helper, inline, kernel
 from tinydrug.kernels.laws import LAWS as DIRECTIONS
-from tinydrug.kernels.laws import normal_pair
+from tinydrug.kernels.laws import Law as Directions
+from tinydrug.kernels.laws import half_square, normal_pair
 from tinydrug.kernels.maths import sin_cos_half
 from tinydrug.kernels.rope import my_groups
 from tinydrug.kernels.structs import Struct
@@ -41,15 +42,9 @@ from tinydrug.kernels.vectors import (
     shift_right,
     sqrt,
     store,
-    store_f32,
     store_ints,
+    sum_each,
     sum_lanes,
-    tile1,
-    tile4,
-    tile8,
-    tile_axby,
-    tile_fma,
-    tile_store,
     to_floats,
 )
 
@@ -72,18 +67,23 @@ DRAWN = Struct(  # a dose as it stands for one vector, or for the vectors that o
     share="f8",  # of the way it has gone
     still="i8",  # 1: the vector's own position is no coordinate of the draw
     awake="i8",  # address: how many unprotected positions lie before each
+    lowest="i8",  # positions of the cached vectors that are seen
+    highest="i8",
     measured="i8",  # address of this thread's three sums for the site, or 0
-    scratch="i8",
 )
 drawn_at = DRAWN.pointer()
 DRAWN_BYTES = DRAWN.dtype.itemsize
 
 ROTATE = types.void(DRAWN, *[types.int64] * 6)  # drawn, x, components, period, valid, position, scratch
-SCORES = types.void(OP, DRAWN, *[types.int64] * 5)  # op, drawn, keys, q, rows, position, out
-VALUES = types.void(OP, DRAWN, *[types.int64] * 4)  # op, drawn, values, position, out, scratch
+TURNED = 64  # cached vectors that are turned in one call, at most
+ROW = 4 * TURNED  # bytes of one number each. In scratch there are, of each vector:
+WORDS, SUMS, ARRAY = 0, 4 * ROW, 9 * ROW  # four words; x.x, r.x, r.r, a and b; its components as floats
+A, B = SUMS + 3 * ROW, SUMS + 4 * ROW
+# op, drawn, keys or values, position of the first (a multiple of 16), count, out, scratch
+TURN = types.void(OP, DRAWN, *[types.int64] * 5)
 SHOW = types.void(DRAWN, *[types.int64] * 3)  # drawn, position, components, out
 PREPARE = types.void(DRAWN, DOSE, *[types.int64] * 6)  # drawn, dose, seed, site, head, step, age, cached
-call_rotate, call_scores, call_values = call_at(ROTATE), call_at(SCORES), call_at(VALUES)
+call_rotate, call_turn = call_at(ROTATE), call_at(TURN)
 
 
 # --- when: what a draw is keyed by, and how much of the dose is left ---------------------------------------
@@ -128,7 +128,7 @@ def one_angle(first, second, drawn):
     """phi of each lane in radians: U[0, theta), or |N(0, theta)|."""
     w = word(first, second, ints(i4(-1)))
     if drawn.angle == NORMAL:
-        z, _ = normal_pair(w)
+        z, _ = normal_pair(w, half_square(w))
         return absolute(z) * f4(drawn.theta)
     return to_floats(shift_right(w, i4(8))) * f4(drawn.theta * 2.0**-24)
 
@@ -141,9 +141,8 @@ def coefficients(phi, xx, rx, rr, drawn):
     if drawn.form == ADDED:  # x + phi |x| r/|r|
         turnable = both(rr > f4(0.0), xx > f4(0.0))
         return one, select(turnable, phi * sqrt(xx / rr), zero)
-    along = rx / xx  # 0/0 where x = 0: not selected below
-    orthogonal = rr - rx * along
-    turnable = both(orthogonal > rr * SUBNORMAL, xx > f4(0.0))
+    across = fma(rr, xx, zero - rx * rx)  # x.x o.o
+    turnable = both(across > rr * xx * SUBNORMAL, xx > f4(0.0))
     if drawn.form == NLERP:  # |x| (x/|x| + phi o/|o|) normalised: an angle of arctan(phi)
         cos = one / sqrt(fma(phi, phi, one))
         sin = phi * cos
@@ -151,26 +150,21 @@ def coefficients(phi, xx, rx, rr, drawn):
         turns = phi * f4(0.5 / np.pi)
         turns = turns - round_even(turns)  # whole turns change nothing, and the polynomials stay in range
         sin, cos = sin_cos_half(turns * f4(np.pi))
-    b = sin * sqrt(xx / orthogonal)
-    return select(turnable, cos - b * along, one), select(turnable, b, zero)
+    share = sin / sqrt(across)  # not finite where it is not selected
+    return select(turnable, cos - share * rx, one), select(turnable, share * xx, zero)
 
 
 @helper
-def measure(drawn, lanes, a, b, xx, rx, rr):
-    """Add the first lanes to the sums of this thread: vectors, angles of x to x', logs of |x'| / |x|."""
-    at = drawn.scratch
-    store(at, a)
-    store(at + 64, b)
-    store(at + 128, xx)
-    store(at + 192, rx)
-    store(at + 256, rr)
-    for j in range(0, 4 * lanes, 4):
-        a1, b1 = np.float64(load_f32(at + j)), np.float64(load_f32(at + 64 + j))
-        x2, r1 = np.float64(load_f32(at + 128 + j)), np.float64(load_f32(at + 192 + j))
-        r2 = np.float64(load_f32(at + 256 + j))
-        if b1 != 0.0 and x2 > 0.0:
-            along = a1 * math.sqrt(x2) + b1 * r1 / math.sqrt(x2)
-            across = abs(b1) * math.sqrt(max(0.0, r2 - r1 * r1 / x2))
+def measure(drawn, sums, row, first, last):
+    """Add vectors first .. last to the sums of this thread: how many, angles of x to x', logs of |x'| / |x|.
+    sums: x.x, r.x, r.r, a and b of each, `row` bytes from one to the next."""
+    for at in range(sums + 4 * first, sums + 4 * last, 4):
+        x2, r1 = np.float64(load_f32(at)), np.float64(load_f32(at + row))
+        r2, a = np.float64(load_f32(at + 2 * row)), np.float64(load_f32(at + 3 * row))
+        b = np.float64(load_f32(at + 4 * row))
+        if b != 0.0 and x2 > 0.0:
+            along = a * math.sqrt(x2) + b * r1 / math.sqrt(x2)
+            across = abs(b) * math.sqrt(max(0.0, r2 - r1 * r1 / x2))
             add_f64(drawn.measured, 1.0)
             add_f64(drawn.measured + 8, math.atan2(across, along))
             add_f64(drawn.measured + 16, 0.5 * math.log((along * along + across * across) / x2))
@@ -190,16 +184,21 @@ def existing(r, i, period, valid):
 
 
 class Law(NamedTuple):
-    """The kernels of a direction law: `scores` and `values` by the cache's element type."""
+    """The kernels of a direction law: `keys` and `values` by the cache's element type."""
 
     rotate: Kernel
-    scores: dict[str, Kernel]
+    keys: dict[str, Kernel]
     values: dict[str, Kernel]
     show: Kernel
 
 
-def make_law(name, by_component, by_position, wandering=False, cached=True) -> Law:
-    """The kernels of a law from its two views of a draw; wandering: between two draws, at a cost."""
+def turn_bytes(d: int) -> int:
+    """Scratch of `keys` and `values` for heads of this (padded) width."""
+    return ARRAY + 12 * TURNED * d + 3 * 1024
+
+
+def make_law(name, law: Directions, wandering=False, cached=True) -> Law:
+    """The kernels of a direction law; wandering: between two draws, at a cost."""
     if wandering:
         name = f"{name}_wander"
 
@@ -212,23 +211,13 @@ def make_law(name, by_component, by_position, wandering=False, cached=True) -> L
 
     @inline
     def mixed(r, s, drawn):
-        if wandering:
-            return r * f4(drawn.weight) + s * f4(drawn.next_weight)
-        return r
+        return r * f4(drawn.weight) + s * f4(drawn.next_weight)
 
     @inline
     def components(drawn, first, second, third, fourth, block):
-        r0, r1 = by_component(first, second, block)
+        r0, r1 = law.components(first, second, block)
         if wandering:
-            s0, s1 = by_component(third, fourth, block)
-            return mixed(r0, s0, drawn), mixed(r1, s1, drawn)
-        return r0, r1
-
-    @inline
-    def by_lane(drawn, first, second, third, fourth, block, j):
-        r0, r1 = by_position(first, second, block, j)
-        if wandering:
-            s0, s1 = by_position(third, fourth, block, j)
+            s0, s1 = law.components(third, fourth, block)
             return mixed(r0, s0, drawn), mixed(r1, s1, drawn)
         return r0, r1
 
@@ -241,7 +230,8 @@ def make_law(name, by_component, by_position, wandering=False, cached=True) -> L
 
     @kernel(ROTATE, f"rotate_{name}", cached)
     def rotate(drawn, x, components_, period, valid, position, scratch):
-        """Turn one vector in memory."""
+        """Turn one vector in memory. At scratch: x.x, r.x, r.r, a and b, 16 lanes each, then r."""
+        direction = scratch + 5 * 64
         at = ints(i4(0 if drawn.still else position))
         first, second = streams(at, drawn.key)
         third, fourth = next_streams(at, drawn, first, second)
@@ -249,102 +239,165 @@ def make_law(name, by_component, by_position, wandering=False, cached=True) -> L
         xx, rx, rr = zero, zero, zero
         for i in range(0, components_, 32):
             r0, r1 = components(drawn, first, second, third, fourth, i // 32)
-            r0, r1 = existing(r0, i, period, valid), existing(r1, i + 16, period, valid)
+            if valid < period:
+                r0, r1 = existing(r0, i, period, valid), existing(r1, i + 16, period, valid)
             x0, x1 = load(x + 4 * i), load(x + 4 * i + 64)
-            store(scratch + 4 * i, r0)
-            store(scratch + 4 * i + 64, r1)
+            store(direction + 4 * i, r0)
+            store(direction + 4 * i + 64, r1)
             xx, rx = fma(x1, x1, fma(x0, x0, xx)), fma(r1, x1, fma(r0, x0, rx))
             rr = fma(r1, r1, fma(r0, r0, rr))
         xx, rx, rr = floats(sum_lanes(xx)), floats(sum_lanes(rx)), floats(sum_lanes(rr))
         a, b = coefficients(angle(drawn, first, second, third, fourth), xx, rx, rr, drawn)
         for j in range(0, 4 * components_, 64):
-            store(x + j, fma(load(scratch + j), b, a * load(x + j)))
+            store(x + j, fma(load(direction + j), b, a * load(x + j)))
         if drawn.measured != 0:
-            measure(drawn, i8(1), a, b, xx, rx, rr)
+            store(scratch, xx)
+            store(scratch + 64, rx)
+            store(scratch + 128, rr)
+            store(scratch + 192, a)
+            store(scratch + 256, b)
+            measure(drawn, scratch, 64, 0, 1)
 
-    def scores_of(cell_name, load_cell, cell):
-        @inline
-        def tile(zeros, op, drawn, keys, q, position, out):
-            positions = lane() + i4(position)
+    @inline
+    def draw_words(drawn, position, groups, scratch):
+        """The words of 16 positions a group."""
+        for at in range(scratch, scratch + 64 * groups, 64):
+            positions = lane() + i4(position + (at - scratch) // 4)
             first, second = streams(positions, drawn.key)
             third, fourth = next_streams(positions, drawn, first, second)
-            zero = floats(f4(0.0))
-            qx, qr, xx, rx, rr, d = zeros, zeros, zero, zero, zero, op.head_dim
-            for i in range(d):  # as sober attention does, in its order: a protected key keeps its bits
-                qx = tile_fma(qx, load_cell(keys + 16 * cell * i), q + 4 * i, 4 * d)
+            store_ints(at + WORDS, first)
+            store_ints(at + WORDS + ROW, second)
+            store_ints(at + WORDS + 2 * ROW, third)
+            store_ints(at + WORDS + 3 * ROW, fourth)
+
+    @inline
+    def factors(drawn, position, groups, scratch):
+        """From x.x, r.x and r.r to a and b: 1 and 0 for who is protected."""
+        for at in range(scratch, scratch + 64 * groups, 64):
+            first, second = load_ints(at + WORDS), load_ints(at + WORDS + ROW)
+            third, fourth = load_ints(at + WORDS + 2 * ROW), load_ints(at + WORDS + 3 * ROW)
+            xx, rx, rr = load(at + SUMS), load(at + SUMS + ROW), load(at + SUMS + 2 * ROW)
+            a, b = coefficients(angle(drawn, first, second, third, fourth), xx, rx, rr, drawn)
+            awake = unprotected(drawn, position + (at - scratch) // 4)
+            store(at + A, select(awake, a, floats(f4(1.0))))
+            store(at + B, select(awake, b, floats(f4(0.0))))
+        if drawn.measured != 0:
+            first = max(0, drawn.lowest - position)
+            measure(drawn, scratch + SUMS, ROW, first, min(16 * groups, drawn.highest + 1 - position))
+
+    def keys_of(cell_name, load_cell, cell):
+        @inline
+        def by_lane(drawn, words, d, draws, block, j):
+            r0, r1 = law.keys(words, words + ROW, d, draws, block, j)
+            if wandering:
+                s0, s1 = law.keys(words + 2 * ROW, words + 3 * ROW, d, draws + 64 * d, block, j)
+                return mixed(r0, s0, drawn), mixed(r1, s1, drawn)
+            return r0, r1
+
+        @inline
+        def directions(op, drawn, at, source, x, r, draws):
+            """16 cached keys -> x (d, 16) floats, their directions -> r (d, 16), their sums."""
+            d, padded, zero = op.head_dim, op.valid < op.period, floats(f4(0.0))
+            xx, rx, rr, xx1, rx1, rr1 = zero, zero, zero, zero, zero, zero
             for block in range(d // 32):
                 for j in range(16):
                     i = 32 * block + j
-                    r0, r1 = by_lane(drawn, first, second, third, fourth, block, j)
-                    if i % op.period >= op.valid:
-                        r0 = zero
-                    if (i + 16) % op.period >= op.valid:
-                        r1 = zero
-                    x0, x1 = load_cell(keys + 16 * cell * i), load_cell(keys + 16 * cell * (i + 16))
-                    qr = tile_fma(tile_fma(qr, r0, q + 4 * i, 4 * d), r1, q + 4 * i + 64, 4 * d)
-                    xx, rx = fma(x1, x1, fma(x0, x0, xx)), fma(r1, x1, fma(r0, x0, rx))
-                    rr = fma(r1, r1, fma(r0, r0, rr))
-            a, b = coefficients(angle(drawn, first, second, third, fourth), xx, rx, rr, drawn)
-            awake = unprotected(drawn, position)
-            a, b = select(awake, a, floats(f4(1.0))), select(awake, b, zero)
-            tile_store(tile_axby(a, qx, b, qr), out, 256)
-            if drawn.measured != 0:
-                measure(drawn, i8(16), a, b, xx, rx, rr)
+                    r0, r1 = by_lane(drawn, at + WORDS, d, draws, block, j)
+                    if padded:
+                        if i % op.period >= op.valid:
+                            r0 = zero
+                        if (i + 16) % op.period >= op.valid:
+                            r1 = zero
+                    x0, x1 = load_cell(source + 16 * cell * i), load_cell(source + 16 * cell * (i + 16))
+                    xx, rx, rr = fma(x0, x0, xx), fma(r0, x0, rx), fma(r0, r0, rr)
+                    xx1, rx1, rr1 = fma(x1, x1, xx1), fma(r1, x1, rx1), fma(r1, r1, rr1)
+                    store(x + 64 * i, x0)
+                    store(x + 64 * i + 1024, x1)
+                    store(r + 64 * i, r0)
+                    store(r + 64 * i + 1024, r1)
+            store(at + SUMS, xx + xx1)
+            store(at + SUMS + ROW, rx + rx1)
+            store(at + SUMS + 2 * ROW, rr + rr1)
 
-        @kernel(SCORES, f"scores_{name}_{cell_name}", cached)
-        def scores(op, drawn, keys, q, rows, position, out):
-            """Multiply queries with 16 cached keys under noise; the noisy keys are never stored."""
-            if rows == 1:
-                tile(tile1(), op, drawn, keys, q, position, out)
-            elif rows <= 4:
-                tile(tile4(), op, drawn, keys, q, position, out)
-            else:
-                tile(tile8(), op, drawn, keys, q, position, out)
+        @kernel(TURN, f"keys_{name}_{cell_name}", cached)
+        def keys(op, drawn, source, position, count, out, scratch):
+            """Make cached keys noisy, 16 by 16: (d, 16) of the cache -> (d, 16) floats at out."""
+            d, groups, x = op.head_dim, (count + 15) // 16, scratch + ARRAY
+            draws = x + 4 * TURNED * d
+            draw_words(drawn, position, groups, scratch)
+            for j in range(groups):
+                at, to = scratch + 64 * j, draws + 128 * d * j
+                law.draw_keys(at + WORDS, at + WORDS + ROW, d, to)
+                if wandering:
+                    law.draw_keys(at + WORDS + 2 * ROW, at + WORDS + 3 * ROW, d, to + 64 * d)
+            for j in range(groups):
+                o, at, to = 16 * d * j, scratch + 64 * j, draws + 128 * d * j
+                directions(op, drawn, at, source + cell * o, x + 4 * o, out + 4 * o, to)
+            factors(drawn, position, groups, scratch)
+            for j in range(groups):
+                a, b = load(scratch + A + 64 * j), load(scratch + B + 64 * j)
+                for i in range(64 * d * j, 64 * d * (j + 1), 64):
+                    store(out + i, fma(load(out + i), b, a * load(x + i)))
 
-        return scores
+        return keys
 
     def values_of(cell_name, load_cell, cell):
-        @kernel(VALUES, f"values_{name}_{cell_name}", cached)
-        def values(op, drawn, source, position, out, scratch):
-            """Make 16 cached values noisy: (16, d) of the cache -> (16, d) floats at out."""
-            d, positions = op.head_dim, lane() + i4(position)
-            first, second = streams(positions, drawn.key)
-            third, fourth = next_streams(positions, drawn, first, second)
-            zero = floats(f4(0.0))
-            words, sums, ab = scratch, scratch + 256, scratch + 448  # [4][16], [3][16] and [2][16]
-            store_ints(words, first)
-            store_ints(words + 64, second)
-            store_ints(words + 128, third)
-            store_ints(words + 192, fourth)
+        @inline
+        def by_row(drawn, words, d, draws, block, p):
+            r0, r1 = law.values(words, words + ROW, d, draws, block, p)
+            if wandering:
+                s0, s1 = law.values(words + 2 * ROW, words + 3 * ROW, d, draws + 64 * d, block, p)
+                return mixed(r0, s0, drawn), mixed(r1, s1, drawn)
+            return r0, r1
+
+        @inline
+        def directions(op, drawn, at, source, x, r, draws, products):
+            """16 cached values -> x (16, d) floats, their directions -> r (16, d), their sums."""
+            d, padded, zero = op.head_dim, op.valid < op.period, floats(f4(0.0))
             for p in range(16):
-                one, two = ints(load_i32(words + 4 * p)), ints(load_i32(words + 64 + 4 * p))
-                three, four = ints(load_i32(words + 128 + 4 * p)), ints(load_i32(words + 192 + 4 * p))
-                x, r = source + cell * d * p, out + 4 * d * p
-                xx, rx, rr = zero, zero, zero
-                for i in range(0, d, 32):
-                    r0, r1 = components(drawn, one, two, three, four, i // 32)
-                    r0, r1 = existing(r0, i, op.period, op.valid), existing(r1, i + 16, op.period, op.valid)
+                xx, rx, rr, xx1, rx1, rr1 = zero, zero, zero, zero, zero, zero
+                for block in range(d // 32):
+                    i = d * p + 32 * block
+                    r0, r1 = by_row(drawn, at + WORDS, d, draws, block, p)
+                    if padded:
+                        r0 = existing(r0, 32 * block, op.period, op.valid)
+                        r1 = existing(r1, 32 * block + 16, op.period, op.valid)
+                    x0, x1 = load_cell(source + cell * i), load_cell(source + cell * (i + 16))
+                    xx, rx, rr = fma(x0, x0, xx), fma(r0, x0, rx), fma(r0, r0, rr)
+                    xx1, rx1, rr1 = fma(x1, x1, xx1), fma(r1, x1, rx1), fma(r1, r1, rr1)
+                    store(x + 4 * i, x0)
+                    store(x + 4 * i + 64, x1)
                     store(r + 4 * i, r0)
                     store(r + 4 * i + 64, r1)
-                    x0, x1 = load_cell(x + cell * i), load_cell(x + cell * (i + 16))
-                    xx, rx = fma(x1, x1, fma(x0, x0, xx)), fma(r1, x1, fma(r0, x0, rx))
-                    rr = fma(r1, r1, fma(r0, r0, rr))
-                store_f32(sums + 4 * p, sum_lanes(xx))
-                store_f32(sums + 64 + 4 * p, sum_lanes(rx))
-                store_f32(sums + 128 + 4 * p, sum_lanes(rr))
-            xx, rx, rr = load(sums), load(sums + 64), load(sums + 128)
-            a, b = coefficients(angle(drawn, first, second, third, fourth), xx, rx, rr, drawn)
-            awake = unprotected(drawn, position)
-            a, b = select(awake, a, floats(f4(1.0))), select(awake, b, zero)
-            store(ab, a)
-            store(ab + 64, b)
-            for p in range(16):
-                a1, b1 = floats(load_f32(ab + 4 * p)), floats(load_f32(ab + 64 + 4 * p))
-                x, r = source + cell * d * p, out + 4 * d * p
-                for i in range(0, d, 16):
-                    store(r + 4 * i, fma(load(r + 4 * i), b1, a1 * load_cell(x + cell * i)))
-            if drawn.measured != 0:
-                measure(drawn, i8(16), a, b, xx, rx, rr)
+                store(products + 64 * p, xx + xx1)
+                store(products + 64 * p + 1024, rx + rx1)
+                store(products + 64 * p + 2048, rr + rr1)
+            store(at + SUMS, sum_each(products))
+            store(at + SUMS + ROW, sum_each(products + 1024))
+            store(at + SUMS + 2 * ROW, sum_each(products + 2048))
+
+        @kernel(TURN, f"values_{name}_{cell_name}", cached)
+        def values(op, drawn, source, position, count, out, scratch):
+            """Make cached values noisy: (count, d) of the cache -> (count, d) floats at out, count rounded up
+            to 16."""
+            d, groups, x = op.head_dim, (count + 15) // 16, scratch + ARRAY
+            draws = x + 4 * TURNED * d
+            products = draws + 8 * TURNED * d
+            draw_words(drawn, position, groups, scratch)
+            for j in range(groups):
+                at, to = scratch + 64 * j, draws + 128 * d * j
+                law.draw_values(at + WORDS, at + WORDS + ROW, d, to)
+                if wandering:
+                    law.draw_values(at + WORDS + 2 * ROW, at + WORDS + 3 * ROW, d, to + 64 * d)
+            for j in range(groups):
+                o, at, to = 16 * d * j, scratch + 64 * j, draws + 128 * d * j
+                directions(op, drawn, at, source + cell * o, x + 4 * o, out + 4 * o, to, products)
+            factors(drawn, position, groups, scratch)
+            for p in range(16 * groups):
+                at = scratch + 4 * p
+                a, b = floats(load_f32(at + A)), floats(load_f32(at + B))
+                for i in range(4 * d * p, 4 * d * (p + 1), 64):
+                    store(out + i, fma(load(out + i), b, a * load(x + i)))
 
         return values
 
@@ -363,7 +416,7 @@ def make_law(name, by_component, by_position, wandering=False, cached=True) -> L
     cells = {"f16": (load_halves, 2), "f32": (load, 4)}
     return Law(
         rotate,
-        {cell: scores_of(cell, *how) for cell, how in cells.items()},
+        {cell: keys_of(cell, *how) for cell, how in cells.items()},
         {cell: values_of(cell, *how) for cell, how in cells.items()},
         show,
     )
@@ -385,7 +438,7 @@ def rotate_heads(call, op, token, x, first, last, counted, tid):
         return
     scratch = call.scratch + tid * call.scratch_stride
     drawn = drawn_at(scratch)
-    drawn.measured, drawn.scratch = i8(0), scratch + DRAWN_BYTES
+    drawn.measured = i8(0)
     if counted and span.measured != 0:
         drawn.measured = span.measured + 24 * (tid * call.sites + op.site)
     for h in range(first, last):
@@ -418,7 +471,4 @@ def noise_heads(call, op, tid, n):
         rotate_heads(call, op, token, x, g * group, (g + 1) * group, True, tid)
 
 
-LAWS = {
-    name: (make_law(name, *views), make_law(name, *views, wandering=True))
-    for name, views in DIRECTIONS.items()
-}
+LAWS = {name: (make_law(name, law), make_law(name, law, wandering=True)) for name, law in DIRECTIONS.items()}

@@ -35,7 +35,7 @@ DOSE = Struct(  # one a (layer, site)
     ramp="i8",  # how theta changes over generated tokens
     over="f8",  # tokens the ramp takes
     rotate="i8",  # addresses of the law's three kernels (noise.py)
-    scores="i8",
+    keys="i8",
     values="i8",
 )
 

@@ -349,6 +349,12 @@ def maximum(b, x, y):
 
 
 @op(F(F, F))
+def higher(b, x, y):
+    """The greater of each pair in one instruction; y where either is NaN."""
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+@op(F(F, F))
 def minimum(b, x, y):
     """The lesser of each pair; y where x is NaN."""
     return b.select(b.fcmp_ordered("<", x, y), x, y)
@@ -380,9 +386,9 @@ def shift_right_signed(b, x, n):
 
 
 @op(I(I, I))
-def shift_right_each(b, x, n):
-    """Every lane by its own count."""
-    return b.lshr(x, n)
+def shift_left_each(b, x, n):
+    """Every lane by its own count, 0 to 31."""
+    return b.shl(x, n)
 
 
 @op(B(B, s32))
@@ -441,6 +447,27 @@ def sum_lanes(b, x):
 def max_lanes(b, x):
     """The greatest lane; NaN if any is."""
     return _reduce(b, x, lambda p, q: _maximum(b, p, q))
+
+
+@op(f32(F))
+def highest_lane(b, x):
+    """The greatest lane of numbers: with NaN among them, any."""
+    return _reduce(b, x, lambda p, q: b.select(b.fcmp_ordered(">", p, q), p, q))
+
+
+@op(F(address))
+def sum_each(b, p):
+    """Lane r: the sum of the 16 floats at p + 64 r, added in the order of `sum_lanes`."""
+    rows = [_load(b, b.add(p, i64(64 * r)), _llvm(F), 4) for r in range(LANES)]
+    while len(rows) > 1:  # two vectors of m sums each become one of 2 m: the halves of each sum are added
+        n = len(rows) // 2
+        lower = [k // n % 2 == 0 for k in range(LANES)]  # lanes of a sum's first half go to the first vector
+        kept = [k if low else LANES + k for k, low in enumerate(lower)]
+        crossed = [k + n if low else LANES + k - n for k, low in enumerate(lower)]
+        picks = [ir.Constant(ir.VectorType(i32, LANES), pick) for pick in (kept, crossed)]
+        pairs = zip(rows[:n], rows[n:], strict=True)
+        rows = [b.fadd(*(b.shuffle_vector(x, y, pick) for pick in picks)) for x, y in pairs]
+    return rows[0]
 
 
 @op(s32(I))
