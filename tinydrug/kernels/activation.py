@@ -3,7 +3,7 @@
 import numpy as np
 
 from tinydrug.kernels.maths import erf, sigmoid, tanh
-from tinydrug.kernels.tables import my_rows, operation, row, rows_of
+from tinydrug.kernels.tables import my_rows, operation, row
 from tinydrug.kernels.vectors import load, store
 
 f4 = np.float32
@@ -12,8 +12,8 @@ f4 = np.float32
 @operation
 def silu_mul(call, op, tid, n):
     """gate x (T, F), up z (T, F) -> y (T, F): silu(gate) * up."""
-    first, step, me = my_rows(call, op, tid, n)
-    for i in range(first, rows_of(call, op), step):
+    lo, hi, me = my_rows(call, op, tid, n)
+    for i in range(lo, hi):
         gate, up, y = row(op.x, i, me), row(op.z, i, me), row(op.y, i, me)
         for j in range(0, 4 * op.width, 64):
             x = load(gate + j)
@@ -23,8 +23,8 @@ def silu_mul(call, op, tid, n):
 @operation
 def gelu_tanh(call, op, tid, n):
     """x (T, F) -> y (T, F): x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), GPT-2's gelu_new."""
-    first, step, me = my_rows(call, op, tid, n)
-    for i in range(first, rows_of(call, op), step):
+    lo, hi, me = my_rows(call, op, tid, n)
+    for i in range(lo, hi):
         source, y = row(op.x, i, me), row(op.y, i, me)
         for j in range(0, 4 * op.width, 64):
             x = load(source + j)
@@ -35,8 +35,8 @@ def gelu_tanh(call, op, tid, n):
 @operation
 def gelu_erf(call, op, tid, n):
     """x (T, F) -> y (T, F): x/2 (1 + erf(x / sqrt 2)), the exact GELU."""
-    first, step, me = my_rows(call, op, tid, n)
-    for i in range(first, rows_of(call, op), step):
+    lo, hi, me = my_rows(call, op, tid, n)
+    for i in range(lo, hi):
         source, y = row(op.x, i, me), row(op.y, i, me)
         for j in range(0, 4 * op.width, 64):
             x = load(source + j)

@@ -13,7 +13,7 @@ from tinydrug.kernels.generator import draw_key, streams
 from tinydrug.kernels.jit import inline
 from tinydrug.kernels.laws import LAWS
 from tinydrug.kernels.noise import is_protected
-from tinydrug.kernels.tables import my_rows, operation, row, rows_of
+from tinydrug.kernels.tables import my_rows, operation, row
 from tinydrug.kernels.vectors import atomic_add, floats, fma, ints, load, store
 
 f4, i4 = np.float32, np.int32
@@ -49,8 +49,8 @@ def diffuse_head(x, d, spread, std, term, key, position):
 @operation
 def drift(call, op, tid, n):
     """x (T, H, d) -> y (T, H, d); z: three rows of (H, d), centre, spread and std, zero where d is padded."""
-    first, step, me = my_rows(call, op, tid, n)
-    for i in range(first, rows_of(call, op), step):
+    lo, hi, me = my_rows(call, op, tid, n)
+    for i in range(lo, hi):
         x, y = row(op.x, i, me), row(op.y, i, me)
         if x != y:
             copy_row(x, y, 4 * op.head_dim * op.heads)

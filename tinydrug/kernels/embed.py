@@ -1,7 +1,7 @@
 """From token ids to rows: token and position embeddings, and the rows whose logits are asked for."""
 
 from tinydrug.kernels.jit import inline
-from tinydrug.kernels.tables import GATHER, operation, rows_of
+from tinydrug.kernels.tables import GATHER, operation, rows_of, share_rows
 from tinydrug.kernels.vectors import call_at, load, store
 
 call_gather = call_at(GATHER)
@@ -16,14 +16,16 @@ def copy_row(source, target, nbytes):
 @operation
 def embed(call, op, tid, n):
     """y (T, D): row `id` of the embedding matrix, for each token."""
-    for i in range(tid, call.n_tokens, n):
+    lo, hi = share_rows(call.n_tokens, tid, n)
+    for i in range(lo, hi):
         call_gather(op.weight.gather, op.weight, call.tokens[i].id, op.y.data + i * op.y.stride)
 
 
 @operation
 def add_position(call, op, tid, n):
     """y (T, D) += row `position` of the float matrix `weight`, rows plain, not in panels."""
-    for i in range(tid, call.n_tokens, n):
+    lo, hi = share_rows(call.n_tokens, tid, n)
+    for i in range(lo, hi):
         y, p = op.y.data + i * op.y.stride, op.weight.data + 4 * op.weight.k * call.tokens[i].position
         for j in range(0, 4 * op.weight.k, 64):
             store(y + j, load(y + j) + load(p + j))
@@ -34,7 +36,8 @@ def asked(call, op, tid, n):
     """x (T, D) -> y (outputs, D): the rows of the tokens whose logits are asked for, in order."""
     if rows_of(call, op) == 0:
         return
-    for i in range(tid, call.n_tokens, n):
+    lo, hi = share_rows(call.n_tokens, tid, n)
+    for i in range(lo, hi):
         if call.tokens[i].output >= 0:
             copy_row(
                 op.x.data + i * op.x.stride,

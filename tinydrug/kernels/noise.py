@@ -21,7 +21,7 @@ from tinydrug.kernels.laws import half_square, normal_pair
 from tinydrug.kernels.maths import sin_cos_half
 from tinydrug.kernels.rope import my_groups
 from tinydrug.kernels.structs import Struct
-from tinydrug.kernels.tables import DOSE, OP, my_rows, operation, row, rows_of
+from tinydrug.kernels.tables import DOSE, OP, my_rows, operation, row
 from tinydrug.kernels.vectors import (
     absolute,
     add_f64,
@@ -452,8 +452,8 @@ def rotate_heads(call, op, token, x, first, last, counted, tid):
 @operation
 def noise_rows(call, op, tid, n):
     """x (T, H, d) -> y (T, H, d), noise in every head of a row (H = 1: in the whole row)."""
-    first, step, me = my_rows(call, op, tid, n)
-    for i in range(first, rows_of(call, op), step):
+    lo, hi, me = my_rows(call, op, tid, n)
+    for i in range(lo, hi):
         x, y = row(op.x, i, me), row(op.y, i, me)
         if x != y:
             copy_row(x, y, 4 * op.head_dim * op.heads)
@@ -464,8 +464,8 @@ def noise_rows(call, op, tid, n):
 def noise_heads(call, op, tid, n):
     """x (T, H, d) in place, as noise_rows, but split by kv head: between the projections and attention."""
     group = op.heads // op.kv_heads
-    first, last, step = my_groups(call, op, tid, n)
-    for u in range(first, last, step):
+    lo, hi = my_groups(call, op, tid, n)
+    for u in range(lo, hi):
         token, g = u // op.kv_heads, u % op.kv_heads
         x = op.x.data + token * op.x.stride
         rotate_heads(call, op, token, x, g * group, (g + 1) * group, True, tid)

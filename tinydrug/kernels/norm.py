@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from tinydrug.kernels.jit import inline
-from tinydrug.kernels.tables import my_rows, operation, row, rows_of
+from tinydrug.kernels.tables import my_rows, operation, row
 from tinydrug.kernels.vectors import floats, fma, load, store, sum_lanes
 
 f4 = np.float32
@@ -23,9 +23,9 @@ def sum_squares(x, k):
 @operation
 def rms_norm(call, op, tid, n):
     """x (T, D) -> y (T, D): x / sqrt(mean(x^2) + eps) * weight."""
-    first, step, me = my_rows(call, op, tid, n)
+    lo, hi, me = my_rows(call, op, tid, n)
     k = op.weight.k
-    for i in range(first, rows_of(call, op), step):
+    for i in range(lo, hi):
         x, y = row(op.x, i, me), row(op.y, i, me)
         r = f4(1.0) / math.sqrt(sum_squares(x, k) / f4(op.width) + f4(op.eps))
         for j in range(0, 4 * k, 64):
@@ -35,9 +35,9 @@ def rms_norm(call, op, tid, n):
 @operation
 def layer_norm(call, op, tid, n):
     """x (T, D) -> y (T, D): (x - mean) / sqrt(variance + eps) * weight + bias, the variance divided by D."""
-    first, step, me = my_rows(call, op, tid, n)
+    lo, hi, me = my_rows(call, op, tid, n)
     k = op.weight.k
-    for i in range(first, rows_of(call, op), step):
+    for i in range(lo, hi):
         x, y = row(op.x, i, me), row(op.y, i, me)
         total = floats(f4(0.0))
         for j in range(0, 4 * k, 64):

@@ -55,9 +55,9 @@ def half_sums_of(q, k):
 def quantise(call, op, tid, n):
     """x (T, k) f32 -> y (T, k) int8 with a scale a block of 32: absmax / 127, as ggml's q8_0 but the scale in
     f32."""
-    first, step, me = my_rows(call, op, tid, n)
+    lo, hi, me = my_rows(call, op, tid, n)
     k, rows = op.width, rows_of(call, op)
-    for i in range(first, rows, step):
+    for i in range(lo, hi):
         tiled = amx.AVAILABLE and i < rows // 16 * 16
         together = 16 if tiled else 1  # rows that lie together; r: which of them is this one
         r = i % together

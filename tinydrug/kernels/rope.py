@@ -1,7 +1,7 @@
 """Rotary position embedding, and the writing of keys and values into the cache."""
 
 from tinydrug.kernels.jit import inline
-from tinydrug.kernels.tables import operation
+from tinydrug.kernels.tables import operation, share
 from tinydrug.kernels.vectors import (
     load,
     load_f32,
@@ -14,9 +14,9 @@ from tinydrug.kernels.vectors import (
 
 @inline
 def my_groups(call, op, tid, n):
-    """first, last, step over (token, kv head) pairs. Everything between the projections and attention splits
-    this way, so a thread only ever needs what it wrote itself."""
-    return tid, call.n_tokens * op.kv_heads, n
+    """The (token, kv head) pairs lo .. hi of this thread. Everything between the projections and attention
+    splits this way, so a thread only ever needs what it wrote itself."""
+    return share(call.n_tokens * op.kv_heads, tid, n)
 
 
 @operation
@@ -24,8 +24,8 @@ def rope(call, op, tid, n):
     """x (T, H, d) in place: halves (a, b) -> (a cos - b sin, b cos + a sin), as in Hugging Face's Llama. z: a
     row a position, d/2 cosines and d/2 sines, the attention factor of the rope type multiplied in."""
     d, group = op.head_dim, op.heads // op.kv_heads
-    first, last, step = my_groups(call, op, tid, n)
-    for u in range(first, last, step):
+    lo, hi = my_groups(call, op, tid, n)
+    for u in range(lo, hi):
         token, g = u // op.kv_heads, u % op.kv_heads
         table = op.z.data + op.z.stride * call.tokens[token].position
         for h in range(g * group, (g + 1) * group):
@@ -55,8 +55,8 @@ def value_address(span, op, g, slot):
 def write_cache(call, op, tid, n):
     """keys x (T, G, d) and values z (T, G, d) into the slots of their positions, as f16 or f32."""
     d = op.head_dim
-    first, last, step = my_groups(call, op, tid, n)
-    for u in range(first, last, step):
+    lo, hi = my_groups(call, op, tid, n)
+    for u in range(lo, hi):
         token, g = u // op.kv_heads, u % op.kv_heads
         span = call.spans[call.tokens[token].span]
         slot = call.tokens[token].position % span.slots

@@ -125,12 +125,30 @@ def rows_of(call, op):
 
 
 @inline
+def share(units, tid, n):
+    """The units lo .. hi of this thread."""
+    return units * tid // n, units * (tid + 1) // n
+
+
+@inline
+def share_rows(rows, tid, n):
+    """The rows lo .. hi of this thread: neighbours, and whole sixteens if there are enough, since those may
+    lie together (quantise.py). Threads that write to the same cache line wait for each other."""
+    if rows < 16 * n:
+        return share(rows, tid, n)
+    lo, hi = share((rows + 15) // 16, tid, n)
+    return 16 * lo, min(16 * hi, rows)
+
+
+@inline
 def my_rows(call, op, tid, n):
-    """first, step, me: the rows of this thread. With one row every thread computes it for itself, in its own
+    """lo, hi, me: the rows of this thread. With one row every thread computes it for itself, in its own
     memory: that costs less than waiting for each other. `me` is then the thread, else -1."""
-    if rows_of(call, op) == 1:
+    rows = rows_of(call, op)
+    if rows == 1:
         return 0, 1, tid
-    return tid, n, -1
+    lo, hi = share_rows(rows, tid, n)
+    return lo, hi, -1
 
 
 @inline
@@ -139,12 +157,6 @@ def row(operand, i, me):
     if me >= 0 and operand.private != 0:
         return operand.private + me * operand.stride
     return operand.data + i * operand.stride
-
-
-@inline
-def share(units, tid, n):
-    """The units lo .. hi of this thread."""
-    return units * tid // n, units * (tid + 1) // n
 
 
 @inline

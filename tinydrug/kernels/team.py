@@ -78,9 +78,8 @@ def forward(call, tid, n):
 def serve(call, tid, job):
     """Thread 0: one step. A helper: steps as jobs appear, until none came for a while (it returns the last
     job it saw) or the team stops (-1)."""
-    sync = call.sync
+    sync, waited = call.sync, 0
     while True:
-        waited = 0
         while tid > 0 and atomic_load(sync + JOB) == job:
             pause()
             waited += 1
@@ -97,6 +96,7 @@ def serve(call, tid, job):
             return -1
         if tid < n:
             forward(call, tid, n)
+            waited = 0  # a step for fewer threads does not keep this one awake
         if tid == 0:
             atomic_store(sync + DONE, job)
             return job
@@ -104,10 +104,10 @@ def serve(call, tid, job):
 
 @kernel(types.int64(types.int64, types.int64, types.int64))
 def post(sync, n, helpers):
-    """Announce a job for n threads; bit i of the result: helper i sleeps and must be woken."""
+    """Announce a job for n threads; bit i of the result: helper i is needed, sleeps and must be woken."""
     atomic_store(sync + JOB, (atomic_load(sync + JOB) | 255) + 1 + n)
     asleep = 0
-    for i in range(1, helpers + 1):
+    for i in range(1, min(helpers + 1, n)):
         asleep |= atomic_swap(sync + PARKED + 8 * i, 0) << i
     return asleep
 
