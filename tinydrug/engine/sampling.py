@@ -95,8 +95,9 @@ class Sampler:
     def distribution(self, logits: np.ndarray, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """logits (V,), ids so far -> the candidates' ids (n,), ascending, and probabilities (n,) float64."""
         s = self.sampling
-        finite = np.isfinite(logits)
-        if not finite.all():
+        with np.errstate(over="ignore", invalid="ignore"):
+            suspicious = not isfinite(logits.sum())
+        if suspicious and not (finite := np.isfinite(logits)).all():
             raise NumericalError(
                 f"{np.count_nonzero(~finite)} of {logits.size} logits are NaN or infinite, the first "
                 f"that of token {np.argmin(finite)}: the weights are damaged or overflow, try --check-tensors"

@@ -137,21 +137,21 @@ def count_touched(op, span, unit, start, end):
 
 
 @helper
-def write_outputs(op, span, unit):
+def write_outputs(op, span, unit, totals):
     """Of the unit's rows -> y (T, H, d)."""
     d, group = op.head_dim, op.heads // op.kv_heads
     for r in range(unit.rows):
-        row, total = unit.first + r, unit.totals + partial_bytes(d) * (r // ROWS)
+        row, total = unit.first + r, totals + partial_bytes(d) * (r // ROWS)
         y = op.y.data + (span.first + row // group) * op.y.stride + 4 * d * (unit.g * group + row % group)
         softmax_output(total, r % ROWS, d, y)
 
 
 @inline
-def merge_tiles(unit, parts, d):
-    """Add the partial softmaxes of a chunk to the unit's."""
+def merge_tiles(unit, totals, parts, d):
+    """Add the partial softmaxes of the next chunk to those of all before. They are spent."""
     for r in range(0, unit.rows, ROWS):
         at = partial_bytes(d) * (r // ROWS)
-        merge(unit.totals + at, parts + at, min(ROWS, unit.rows - r), d)
+        merge(totals + at, parts + at, min(ROWS, unit.rows - r), d)
 
 
 def _attend(name, load_cell, cell):
@@ -241,28 +241,33 @@ def _attend(name, load_cell, cell):
                     prepare_read(unit.drawn_keys, dose_k, span, op.site, unit, op.window, measured)
                 if unit.turn_values != 0:
                     prepare_read(unit.drawn_values, dose_v, span, op.value_site, unit, op.window, measured)
-                for t in range(tiles):
-                    clear(unit.totals + partial_bytes(d) * t, d)
-                parts = parts_passed + partial_bytes(d) * tiles * u if split > 1 else unit.parts
                 c0 = max(0, unit.low - op.window + 1) // CHUNK + c
                 c1 = c0 if split > 1 else unit.high // CHUNK
-                for at_chunk in range(c0, c1 + 1):
-                    start, end = at_chunk * CHUNK, min(unit.high, (at_chunk + 1) * CHUNK - 1)
-                    next_start = start + CHUNK * (n if split > 1 else 1)
-                    unit.ahead = key_address(span, op, unit.g, next_start % span.slots)
-                    attend_chunk(op, span, unit, start, end, parts)
+                next_u = u + n  # this thread's next unit, if all go on alike
+                other = call.spans[s + 1] if next_u >= G * units * split and s + 1 < call.n_spans else span
+                next_start = (c0 - c + next_u % split) * CHUNK
+                next_keys = key_address(other, op, next_u // split % G, next_start % other.slots)
+                chunk_bytes = partial_bytes(d) * tiles
+                parts = parts_passed + chunk_bytes * u if split > 1 else unit.totals
+                for chunk in range(c0, c1 + 1):
+                    start, end = chunk * CHUNK, min(unit.high, (chunk + 1) * CHUNK - 1)
+                    unit.ahead = next_keys
+                    if chunk < c1:
+                        unit.ahead = key_address(span, op, unit.g, (start + CHUNK) % span.slots)
+                    attend_chunk(op, span, unit, start, end, parts if chunk == c0 else unit.parts)
                     if counted:
                         count_touched(op, span, unit, start, end)
-                    if split == 1:
-                        merge_tiles(unit, parts, d)
+                    if chunk > c0:
+                        merge_tiles(unit, unit.totals, unit.parts, d)
                 if split == 1:
-                    write_outputs(op, span, unit)
+                    write_outputs(op, span, unit, unit.totals)
                 elif atomic_add(counters + 8 * (u // split), 1) == split - 1:
                     # Who finishes a unit's last chunk merges them all, in order.
                     atomic_store(counters + 8 * (u // split), 0)
-                    for each in range(split):
-                        merge_tiles(unit, parts + partial_bytes(d) * tiles * (each - c), d)
-                    write_outputs(op, span, unit)
+                    totals = parts - chunk_bytes * c
+                    for each in range(1, split):
+                        merge_tiles(unit, totals, totals + chunk_bytes * each, d)
+                    write_outputs(op, span, unit, totals)
                 claimed = claim(call)
             passed += G * units * split
             if split > 1:

@@ -41,6 +41,7 @@ from tinydrug.kernels.vectors import (
     tile_rows,
     tile_scale_add,
     tile_scale_add_stored,
+    tile_scale_add_stored_fma,
     tile_splat_ints,
     tile_store,
 )
@@ -180,10 +181,11 @@ def _block_linear(name, blocks):
 
         @inline
         def add_products(acc, products, s, b, x_scales, moments):
-            acc = tile_scale_add_stored(acc, products, scale(s, b), x_scales + 64 * b)
+            x = x_scales + 64 * b
             if minimum is not None:
-                acc = tile_fma(acc, minimum(s, b), moments + 64 * b, 4)
-            return acc
+                at = moments + 64 * b
+                return tile_scale_add_stored_fma(acc, products, scale(s, b), x, minimum(s, b), at)
+            return tile_scale_add_stored(acc, products, scale(s, b), x)
 
     @inline
     def tile(zeros, op, p, x, y, ahead):

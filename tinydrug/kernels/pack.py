@@ -16,10 +16,10 @@ from tinydrug.kernels.linear import LINEAR
 from tinydrug.kernels.structs import Struct
 from tinydrug.kernels.tables import GATHER
 from tinydrug.kernels.vectors import (
-    absolute,
     floats,
     get_byte,
     get_lane,
+    highest_magnitude,
     load,
     load_bf16,
     load_bfloats,
@@ -92,7 +92,7 @@ def write_q8_0(row, r, k, data, scales, scratch):
     """absmax / 127, as ggml's q8_0."""
     for b in range(k // 32):
         u, v = load(row + 128 * b), load(row + 128 * b + 64)
-        top = max_lanes(maximum(absolute(u), absolute(v)))
+        top = highest_magnitude(u, v)
         inverse = f4(127.0) / top if top > f4(0.0) else f4(0.0)
         store_f16(scales + 32 * b + 2 * r, top / f4(127.0))
         store_low_bytes(scratch, to_ints(round_even(u * inverse)) + i4(128))

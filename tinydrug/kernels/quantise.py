@@ -15,15 +15,14 @@ from tinydrug.kernels import amx
 from tinydrug.kernels.jit import inline
 from tinydrug.kernels.tables import my_rows, operation, row, rows_of
 from tinydrug.kernels.vectors import (
-    absolute,
+    get_int,
+    highest_magnitude,
     load,
-    max_lanes,
-    maximum,
     round_even,
     store_f32,
     store_i32,
     store_low_bytes,
-    sum_ints,
+    sum_both,
     to_ints,
 )
 
@@ -66,14 +65,15 @@ def quantise(call, op, tid, n):
         moments, halves = q + together * moments_of(0, k), q + together * half_sums_of(0, k)
         for b in range(k // 32):
             u, v = load(x + 128 * b), load(x + 128 * b + 64)
-            top = max_lanes(maximum(absolute(u), absolute(v)))
+            top = highest_magnitude(u, v)
             # A block of NaN or infinity keeps its NaN in the scale, so that the logits show it.
             inverse = f4(127.0) / top if top > f4(0.0) and top < f4(np.inf) else f4(0.0)
             iu, iv = to_ints(round_even(u * inverse)), to_ints(round_even(v * inverse))
             at = b * together + r
             store_low_bytes(q + 32 * at, iu)
             store_low_bytes(q + 32 * at + 16, iv)
-            scale, first_sum, second_sum = top * f4(1 / 127), sum_ints(iu), sum_ints(iv)
+            both = sum_both(iu, iv)
+            scale, first_sum, second_sum = top * f4(1 / 127), get_int(both, 0), get_int(both, 8)
             store_f32(scales + 4 * at, scale)
             store_i32(sums + 4 * at, -(first_sum + second_sum))
             store_f32(moments + 4 * at, scale * f4(first_sum + second_sum))

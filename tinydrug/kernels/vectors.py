@@ -470,9 +470,33 @@ def sum_each(b, p):
     return rows[0]
 
 
-@op(s32(I))
-def sum_ints(b, x):
-    return _reduce(b, x, b.add)
+@op(f32(F, F))
+def highest_magnitude(b, x, y):
+    """The greatest absolute value of all lanes; NaN if there is any: as integers, NaN are above infinity."""
+
+    def higher(p, q):
+        return b.select(b.icmp_signed(">", p, q), p, q)
+
+    magnitudes = (b.and_(b.bitcast(v, _llvm(I)), _const(I, 0x7FFFFFFF)) for v in (x, y))
+    return b.bitcast(_reduce(b, higher(*magnitudes), higher), ELEMENTS["f32"])
+
+
+@op(I(I, I))
+def sum_both(b, x, y):
+    """Lanes 0 and 8: the sums of x and of y."""
+    n = LANES // 2
+    halves = [[*range(o, o + n), *range(LANES + o, LANES + o + n)] for o in (0, n)]
+    total = b.add(*(b.shuffle_vector(x, y, ir.Constant(ir.VectorType(i32, LANES), pick)) for pick in halves))
+    while n > 1:
+        n //= 2
+        pick = ir.Constant(ir.VectorType(i32, LANES), [(k + n) % LANES for k in range(LANES)])
+        total = b.add(total, b.shuffle_vector(total, total, pick))
+    return total
+
+
+@op(s32(I, address))
+def get_int(b, x, k):
+    return b.extract_element(x, k)
 
 
 class _Arithmetic(AbstractTemplate):
@@ -683,19 +707,32 @@ def tile_scale_add(b, t, a, s, p, step):
     return _rowwise(b, t, row)
 
 
-@op(lambda t, *a: t(t, address, F, address))
-def tile_scale_add_stored(b, t, a, s, p):
-    """The same for integers stored at a + 64 r, and floats at p + 4 r."""
-
+def _scale_add_stored(b, t, a, s, p, finish):
     def row(r, acc):
         x = _splat(b, _load(b, _row_address(b, p, i64(4), r), ELEMENTS["f32"], 4))
         ints_as_floats = b.sitofp(_load(b, _row_address(b, a, i64(64), r), _llvm(I), 4), _llvm(F))
-        acc = _call(b, "llvm.fma.v16f32", acc.type, [ints_as_floats, b.fmul(s, x), acc])
-        if r % 4 == 3:  # else the compiler loads all rows first, and runs out of registers
-            b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
-        return acc
+        acc = finish(r, _call(b, "llvm.fma.v16f32", acc.type, [ints_as_floats, b.fmul(s, x), acc]))
+        # A row is done before the next is begun, or the compiler loads all first and runs out of registers.
+        return b.asm(ir.FunctionType(acc.type, [acc.type]), "", "=v,0,~{memory}", [acc], True)
 
     return _rowwise(b, t, row)
+
+
+@op(lambda t, *a: t(t, address, F, address))
+def tile_scale_add_stored(b, t, a, s, p):
+    """The same for integers stored at a + 64 r, and floats at p + 4 r."""
+    return _scale_add_stored(b, t, a, s, p, lambda r, acc: acc)
+
+
+@op(lambda t, *a: t(t, address, F, address, F, address))
+def tile_scale_add_stored_fma(b, t, a, s, p, v, q):
+    """The same, then t[r] += v * the float at q + 4 r."""
+
+    def finish(r, acc):
+        x = _splat(b, _load(b, _row_address(b, q, i64(4), r), ELEMENTS["f32"], 4))
+        return _call(b, "llvm.fma.v16f32", acc.type, [v, x, acc])
+
+    return _scale_add_stored(b, t, a, s, p, finish)
 
 
 # --- calls and threads --------------------------------------------------------------------------------------
