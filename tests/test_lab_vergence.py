@@ -17,7 +17,6 @@ from tinydrug.errors import ConfigError, PromptError
 from tinydrug.lab import lanes
 from tinydrug.lab.vergence import Plan, one_minus_cosine, vergence
 from tinydrug.lab.vergence_page import vergence_page
-from tinydrug.noise import Schedule
 
 PROMPT = "Tell me of the sea"
 NAIVE = 1e-5  # float32 against float64, on vectors of length sqrt(D); measured 2e-6
@@ -281,4 +280,5 @@ def test_real_model_heals(smollm2):
     z = got.divergence[0]
     assert (z[:, 0] == 0).all() and np.isfinite(z).all()
     assert all((z[w, 1, :w] == 0).all() and z[w, 1, w] > 0 for w in range(28))
-    assert Schedule.parse(f"K:0.8@{got.windows[3][0]}-{got.windows[3][1]}")
+    early = z[:4, 1]  # (windows, layers)
+    assert (early[:, -1] < early.max(1) / 2).all()
