@@ -512,7 +512,8 @@ BAD_WORDS = [
     (["-o", "OUT", "-m", "MODEL/no"], "no model"),
     (["PLAN", "-o", "PLAN", "-m", "MODEL"], "cannot be made a folder"),
     (["PLAN", "-o", "OUT", "-m", "MODEL", "--dask", "nonsense://x:1"], "--dask"),
-    (["CHAT", "-o", "OUT", "-m", "MODEL"], "no chat template"),
+    (["PLAN", "-o", "OUT", "--dask", "tcp://x:1", "--workers", "2"], "--workers: the cluster of --dask"),
+    (["CHAT", "-o", "OUT", "-m", "MODEL"], "has no chat template: give its plan [[prompt]]"),
 ]
 
 

@@ -253,6 +253,10 @@ def test_data_needs_no_pictures(folder, tmp_path, monkeypatch, capsys):
         (["-p", PROMPT, "--doses", "a"], "theta 'a' is not a number"),
         (["-p", PROMPT, "--doses", "0.1,kl=2"], "is not a list of angles"),
         (["-p", PROMPT, "--seeds", "x"], "is not a whole number"),
+        (["-p", PROMPT, "--seeds", f"1,{2**63}"], "of at most 9223372036854775807"),
+        (["-p", PROMPT, "--stack", "--width", "2"], "--width: the windows of --stack grow"),
+        (["-p", PROMPT, "-f", "x"], "give --prompt or --file, not both"),
+        (["-p", PROMPT, "-o", ""], "the name of the folder for results is empty"),
     ],
 )
 def test_bad_words_are_one_line(folder, tmp_path, words, message, capsys):

@@ -80,13 +80,16 @@ def load_questions(path: str | None = None) -> list[Question]:
         raise ConfigError(f"--questions: {path}: is not TOML: {error}", "questions") from None
     found = []
     for kind, table in data.items():
+        pairs = list(table.items()) if isinstance(table, Mapping) else [(kind, None)]
         if kind == "invented" and isinstance(table, Mapping):
-            pairs = [(text, table.get("right")) for text in table.get("questions", ())]
-        else:
-            pairs = list(table.items()) if isinstance(table, Mapping) else [(kind, None)]
+            texts = table.get("questions")
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ConfigError(f"--questions: {path}: invented needs a list of questions", "questions")
+            pairs = [(text, table.get("right")) for text in texts]
         for text, right in pairs:
-            sound = isinstance(text, str) and isinstance(right, list) and right
-            if not sound or not all(isinstance(word, str) and word for word in right):
+            if not text.strip():
+                raise ConfigError(f"--questions: {path}: a question is empty", "questions")
+            if not isinstance(right, list) or not right or not all(isinstance(w, str) and w for w in right):
                 raise ConfigError(f"--questions: {path}: {text!r} needs a list of right answers", "questions")
             found.append(Question(kind, text, tuple(right)))
     if not found:

@@ -18,7 +18,9 @@ from tinydrug.cli.lab.model import (
     model_arguments,
     prompt,
     prompt_arguments,
+    seed,
     sites,
+    theta,
     words,
 )
 from tinydrug.cli.options import real, whole
@@ -27,21 +29,21 @@ from tinydrug.errors import ConfigError
 from tinydrug.lab.meter import Reading, halves, meter
 from tinydrug.lab.results import record, write_csv, write_json
 from tinydrug.noise import Dose, Effect, Layers, Schedule
-from tinydrug.noise.dose import parse_theta
 from tinydrug.noise.laws import LAWS
 from tinydrug.noise.sites import SITES
 
 PIECE = 256  # tokens
+GRID = ("sites", "laws", "theta", "target_kl", "by_layer")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     prompt_arguments(parser)
     add("--drug", action="append", metavar="SPEC", help="a schedule to measure; may be given several times")
-    add("--sites", type=sites, default=tuple(SITES), metavar="LIST", help="sites by commas (default: all)")
-    add("--laws", type=words(LAWS), default=("uniform",), metavar="LIST",
+    add("--sites", type=sites, metavar="LIST", help="sites by commas (default: all)")
+    add("--laws", type=words(LAWS), metavar="LIST",
         help=f"laws by commas, of {', '.join(LAWS)} (default: uniform)")  # fmt: skip
-    add("--theta", type=parse_theta, metavar="THETA", help="of these (default: 0.2)")
+    add("--theta", type=theta, metavar="THETA", help="of these (default: 0.2)")
     add("--target-kl", type=real, metavar="KL", help="find the theta of this mean KL a token, in nats")
     add(
         "--by-layer",
@@ -52,16 +54,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--piece", type=whole(8), default=PIECE, metavar="N",
         help=f"tokens read from an empty cache (default: {PIECE})")  # fmt: skip
     add("--tokens", type=whole(8), metavar="N", help="of the text at most so many (default: all)")
-    add("--seed", type=whole(0), default=1, metavar="N", help="of the noise (default: 1)")
+    add("--seed", type=seed, default=1, metavar="N", help="of the noise (default: 1)")
     add("--drug-sink", type=whole(0), default=6, metavar="N", help="positions never touched (default: 6)")
     add("--csv", metavar="FILE", help="write the table there, too")
     add("--json", metavar="FILE", help="write the table and the record of the run there, too")
     model_arguments(parser)
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
-    if args.drug and (args.theta is not None or args.target_kl is not None or args.by_layer):
-        raise ConfigError("--theta, --target-kl and --by-layer are for --sites: drop --drug", "drug")
+def run(args: argparse.Namespace, console: Console) -> int:
+    if args.drug and any(vars(args)[name] is not None for name in GRID):
+        raise ConfigError(
+            f"--{', --'.join(GRID).replace('_', '-')} make schedules: drop --drug, or them", "drug"
+        )
     if args.theta is not None and args.target_kl is not None:
         raise ConfigError("give --theta or --target-kl, not both", "target_kl")
     text = prompt(args)
@@ -89,13 +93,15 @@ def run(args: argparse.Namespace, console: Console) -> None:
             ]
         with bar(console, "reading") as progress:
             readings = meter(engine, pieces, schedules, args.seed + 1, progress)
-        about = record(engine, "meter", **settings, schedules=[str(s) for s in schedules])
+        complete = all(each.tokens == _dosed(pieces, each.schedule.sink) for each in readings)
+        about = record(engine, "meter", **settings, schedules=[str(s) for s in schedules], complete=complete)
     print(table(readings, args.target_kl, extra))
     rows = [reading.row() | more for reading, more in zip(readings, extra, strict=True)]
     if args.csv:
         write_csv(args.csv, rows)
     if args.json:
         write_json(args.json, {"record": about, "readings": rows})
+    return 0 if complete else 130
 
 
 def table(readings: list[Reading], target: float | None, extra: list[dict]) -> str:
@@ -127,8 +133,14 @@ def _grid(args: argparse.Namespace, angle, n_layers: int) -> list[Schedule]:
                 "by_layer",
             )
         where = [Layers(((i, i + args.by_layer - 1),)) for i in range(n_layers - args.by_layer + 1)]
-    each = [(site, place, law) for law in args.laws for site in args.sites for place in where]
+    laws = args.laws or ("uniform",)
+    each = [(site, place, law) for law in laws for site in args.sites or SITES for place in where]
     return [Schedule((Dose(site, angle, place, law),), sink=args.drug_sink) for site, place, law in each]
+
+
+def _dosed(pieces: list[list[int]], sink: int) -> int:
+    """How many tokens noise can touch."""
+    return sum(max(0, len(piece) - sink) for piece in pieces)
 
 
 def _first(pieces: list[list[int]], tokens: int) -> list[list[int]]:
