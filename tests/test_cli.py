@@ -579,8 +579,6 @@ USAGE = {  # flags: what the message says
     "--drug-seed 1.5": "--drug-seed: '1.5' is not a whole number of at least -1",
     "--drug-sink -1": "--drug-sink: '-1' is not a whole number of at least 0",
     "--drug-scale x": "--drug-scale: 'x' is not a number",
-    "--rewind-every -1": "--rewind-every: '-1' is not a whole number of at least 0",
-    "--record -": "--record: give it a file of its own",
     "--drug-prompt some": "--drug-prompt: invalid choice: 'some'",
     "-p a -f b": "give --prompt or --file, not both",
     "--drug V:1 --drug-file x": "give --drug or --drug-file, not both",
