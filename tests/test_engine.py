@@ -394,6 +394,8 @@ def test_a_session_has_its_own_schedule(engine):
     stream = engine.stream("Tell me", session=kept, n=10)
     list(stream)
     assert stream.completion.ids == engine.generate("Tell me", n=10, drug="V:0.9,A:0.9", drug_seed=3).ids
+    again = engine.generate("Tell me", session=engine.session("V:0.9,A:0.9", drug_seed=3), n=10)
+    assert (again.ids, again.moved) == (stream.completion.ids, stream.completion.moved)
 
 
 # --- stopping
@@ -718,6 +720,8 @@ CALLS = {  # of a session of 9 tokens, 3 of them drugged: what the refusal says
     "shift(-1)": "keep: -1 is not a whole number of at least 0",
     "shift(None)": "keep: None is not a whole number",
     "engine.stream('a', session=5)": "session: it is not of this engine",
+    "engine.generate('a', session=5)": "session: it is not of this engine",
+    "engine.generate(prompts=['a'], session=engine.session())": "session: it continues one prompt",
     "engine.generate(prompts='ab')": "prompts: expected a list of prompts, not 'ab'",
     "engine.generate(prompts=5)": "prompts: expected a list of prompts, not 5",
     "engine.batch([], places=0).__next__()": "places: 0 is not a whole number of at least 1",
