@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engines import add_tokenizer
+from scipy import stats
 
 import tinydrug
 from tinydrug.api import Job as Generation
@@ -560,6 +561,8 @@ def test_broken_text_is_not_varied_text():
     assert high["coherent"] == pytest.approx(1 / 6) and low["coherent"] == 1
     assert high["fair_samples"] == 2 and np.isnan(high["fair_vendi"]) and 1 < low["fair_vendi"] < 2
     assert low["perplexity"] == pytest.approx(np.e) and high["leaves_sober"] > 0
+    counts = [1, 1, 1, 1, 1, 1]  # of first bytes: "t" of seed 0, then "1" to "5"
+    assert low["first_entropy"] == 0 and high["first_entropy"] == pytest.approx(stats.entropy(counts))
 
 
 def test_cliff():

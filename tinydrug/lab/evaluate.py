@@ -17,7 +17,8 @@ import numpy as np
 from tinydrug.api import Engine, Job, Options
 from tinydrug.engine.sampling import Sampling
 from tinydrug.errors import ConfigError
-from tinydrug.lab.doubt import check, entropy, normal, uncertainty
+from tinydrug.lab.doubt import check, normal, uncertainty
+from tinydrug.lab.metrics import entropy
 from tinydrug.lab.progress import Progress, Work
 from tinydrug.lab.results import record
 from tinydrug.noise import Schedule
@@ -197,8 +198,7 @@ def _answer(engine: Engine, questions, schedules: Mapping[str, Schedule], k: int
             scores[f"{drug}: total"] = float(total.mean())
         at = len(prompts) + q * len(ways) * k
         for name in ways:
-            counts = Counter(normal(answer.text) for answer in answers[at : at + k])
-            scores[name], at = entropy(list(counts.values())), at + k
+            scores[name], at = entropy([normal(answer.text) for answer in answers[at : at + k]]), at + k
         about = {
             "question": question.text,
             "answer": sober.text.strip(),

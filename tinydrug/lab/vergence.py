@@ -77,6 +77,11 @@ class Vergence:
     record: dict
     complete: bool
 
+    @property
+    def middle(self) -> int:
+        """The index of the dose that pictures of one dose show."""
+        return min(len(self.doses) - 1, 1 + (len(self.doses) - 1) // 2)
+
     def arrays(self) -> dict[str, np.ndarray]:
         """For an NPZ file, with an axis for each dimension."""
         names = ("windows", "doses", "divergence", "error", "kl", "flips", "tokens", "sober", "drugged")

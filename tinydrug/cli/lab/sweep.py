@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def run_plan(plan: Plan, args: argparse.Namespace, console: Console):
     """What is missing of a plan, done -> its tables. Also for experiments that begin with a sweep."""
-    need("sacrebleu")  # before the hours, not after them
+    need("sacrebleu", "scipy")  # before the hours, not after them
     if args.dask and args.workers is not None:
         raise ConfigError("--workers: the cluster of --dask has its own: drop one", "workers")
     args.model = args.model or plan.model
