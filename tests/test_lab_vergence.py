@@ -192,7 +192,12 @@ def test_ctrl_c_keeps_what_is_done(engine, monkeypatch):
 
 BAD = [
     (dict(width=4), ConfigError, "a window of 4 layers does not fit this model of 3"),
-    (dict(width=0), ConfigError, "a window has at least one layer"),
+    (dict(width=0), ConfigError, "--width: 0 is not a whole number of at least 1"),
+    (dict(width=2.5), ConfigError, "--width: 2.5 is not a whole number"),
+    (dict(sites=()), ConfigError, "--sites: there must be at least one"),
+    (dict(doses=0.1), ConfigError, "--doses: expected a list, not 0.1"),
+    (dict(doses=("a",)), tinydrug.DrugError, "theta must be a finite number, not 'a'"),
+    (dict(seeds=3), ConfigError, "--seeds: expected a list of whole numbers"),
     (dict(seeds=()), ConfigError, "at least one"),
     (dict(prompt="none"), ConfigError, "is not all or last"),
     (dict(sites=("X",)), tinydrug.DrugError, "there is no site 'X'"),
