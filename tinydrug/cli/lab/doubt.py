@@ -17,6 +17,7 @@ from tinydrug.cli.lab.model import (
     prompt,
     prompt_arguments,
     seed,
+    status,
 )
 from tinydrug.cli.options import whole
 from tinydrug.errors import ConfigError
@@ -123,4 +124,4 @@ def _evaluate(args: argparse.Namespace, console: Console) -> int:
         write_csv(args.csv, found.rows())
     if args.json:
         write_json(args.json, {"record": found.record, "scores": found.rows(), "questions": found.answers})
-    return 0 if found.record["complete"] else 130
+    return status(found.record["complete"], console)

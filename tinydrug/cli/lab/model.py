@@ -57,6 +57,13 @@ def bar(console: Console, what: str) -> Iterator[Progress]:
     console.clear()
 
 
+def status(complete: bool, console: Console) -> int:
+    """The exit status of an experiment, and a word if Ctrl-C has ended it early."""
+    if not complete:
+        console.warn("ended by Ctrl-C: the results are of what was done until then")
+    return 0 if complete else 130
+
+
 def prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `prompt` reads."""
     add = parser.add_argument

@@ -15,6 +15,7 @@ from tinydrug.cli.lab.model import (
     prompt_arguments,
     seeds,
     sites,
+    status,
     thetas,
 )
 from tinydrug.cli.options import whole
@@ -66,4 +67,4 @@ def run(args: argparse.Namespace, console: Console) -> int:
         write_text(out / "vergence.html", vergence_page(found))
         names += ["vergence.html", *(path.name for path in save_plots(found, out))]
     console.say(f"{out}: {', '.join(names)}; {time.monotonic() - start:.0f} s")
-    return 0 if found.complete else 130
+    return status(found.complete, console)
