@@ -250,7 +250,8 @@ def test_command_evaluates(folder, tmp_path, capsys):
     (tmp_path / "q.toml").write_text('[fact]\n"a?" = ["b"]\n"c?" = ["d"]\n')
     words = ["lab", "doubt", "-m", str(folder), "--evaluate", "--questions", str(tmp_path / "q.toml")]
     assert main([*words, "--drug", "A:0.9", "-k", "2", "-n", "3", "--json", str(tmp_path / "e.json")]) == 0
-    assert "right: fact 0 of 2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "right: fact 0 of 2" in out and "no AUROC: all answers are wrong" in out and "nan" not in out
     assert len(json.loads((tmp_path / "e.json").read_text())["questions"]) == 2
 
 

@@ -152,6 +152,9 @@ def report(found: Evaluation) -> str:
     kinds = Counter(found.kinds)
     right = {kind: sum(np.array(found.kinds)[found.correct] == kind) for kind in kinds}
     lines = ["right: " + ", ".join(f"{kind} {right[kind]} of {kinds[kind]}" for kind in kinds), ""]
+    if found.correct.all() or not found.correct.any():
+        all_are = "right" if found.correct.all() else "wrong"
+        return "\n".join([*lines, f"no AUROC: all answers are {all_are}, there is nothing to tell apart"])
     width = max(len(name) for name in found.scores)
     lines.append(f"AUROC of wrong answers, with 95 % intervals of {RESAMPLES} bootstrap samples of questions")
     rows = found.rows()
