@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -184,6 +185,24 @@ def test_bad_input_is_one_line(folder, capsys, flags, said):
     out, err = capsys.readouterr()
     assert status == 2 and not re.search(r"^\|.* tg", out, re.MULTILINE)
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+def test_a_dose_by_its_effect(folder, capsys):
+    words = ["bench", "-m", str(folder), "-q", "-p", "8", "-n", "0", "-r", "1", "-o", "jsonl"]
+    assert main([*words, "--drug", "V:kl=0.01"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["drug"] == "V:kl=0.01" and row["avg_ts"] > 0
+
+
+def test_packed_weights_without_the_model_they_are_of(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TINYDRUG_HOME", str(tmp_path))
+    shutil.copytree(folder, tmp_path / "gone")
+    assert main(["quantize", "gone", "--quant", "q8", "-q"]) == 0
+    shutil.rmtree(tmp_path / "gone")
+    capsys.readouterr()
+    words = ["bench", "-m", "gone", "--quant", "q8", "-q", "-p", "8", "-n", "0", "-r", "1", "-o", "jsonl"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["model_filename"] == str(tmp_path / "gone-q8")
 
 
 def test_interrupted(folder):

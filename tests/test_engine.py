@@ -394,6 +394,8 @@ def test_a_session_has_its_own_schedule(engine):
     stream = engine.stream("Tell me", session=kept, n=10)
     list(stream)
     assert stream.completion.ids == engine.generate("Tell me", n=10, drug="V:0.9,A:0.9", drug_seed=3).ids
+    again = engine.generate("Tell me", session=engine.session("V:0.9,A:0.9", drug_seed=3), n=10)
+    assert (again.ids, again.moved) == (stream.completion.ids, stream.completion.moved)
 
 
 # --- stopping
@@ -718,6 +720,8 @@ CALLS = {  # of a session of 9 tokens, 3 of them drugged: what the refusal says
     "shift(-1)": "keep: -1 is not a whole number of at least 0",
     "shift(None)": "keep: None is not a whole number",
     "engine.stream('a', session=5)": "session: it is not of this engine",
+    "engine.generate('a', session=5)": "session: it is not of this engine",
+    "engine.generate(prompts=['a'], session=engine.session())": "session: it continues one prompt",
     "engine.generate(prompts='ab')": "prompts: expected a list of prompts, not 'ab'",
     "engine.generate(prompts=5)": "prompts: expected a list of prompts, not 5",
     "engine.batch([], places=0).__next__()": "places: 0 is not a whole number of at least 1",
@@ -842,11 +846,19 @@ def test_missing_and_misshaped_tensors_are_all_named(folder, tmp_path):
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
         ({"model_type": None}, "model_type None is not supported"),
+        ({"model_type": []}, r"model_type \[\] is not supported"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "rope type 'spiral'; supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "needs the field factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "x"}}, "factor is 'x', not a number"),
         ({"rope_scaling": 3}, "rope_parameters is 3"),
+        ({"rope_theta": -10000.0}, "rope type default has no frequencies for {'rope_theta': -10000.0}"),
+        ({"rope_theta": 0}, "has no frequencies"),
+        ({"rope_theta": 10**400}, "has no frequencies for {'rope_theta': inf}"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "has no frequencies"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "rope_theta": 1.0}}, "has no frequencies"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": -3.0}}, "has no frequencies"),
+        ({"rope_scaling": {"rope_type": "factors"}}, "has no frequencies"),
         ({"num_hidden_layers": -2}, "num_hidden_layers is -2"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
         ({"hidden_size": None}, "hidden_size is missing"),

@@ -199,6 +199,10 @@ def test_evaluation_of_a_tiny_model(engine):
         ('[fact]\n"a?" = []', "'a\\?' needs a list"),
         ('[fact]\n"a?" = [1]', "'a\\?' needs a list"),
         ('[invented]\nquestions = ["a?"]', "'a\\?' needs a list"),
+        ('[invented]\nquestions = "a?"\nright = ["x"]', "invented needs a list of questions"),
+        ('[invented]\nquestions = [1]\nright = ["x"]', "invented needs a list of questions"),
+        ('[invented]\nright = ["x"]', "invented needs a list of questions"),
+        ('[fact]\n" " = ["x"]', "a question is empty"),
         ("[", "is not TOML"),
     ],
 )
@@ -246,21 +250,30 @@ def test_command_evaluates(folder, tmp_path, capsys):
     (tmp_path / "q.toml").write_text('[fact]\n"a?" = ["b"]\n"c?" = ["d"]\n')
     words = ["lab", "doubt", "-m", str(folder), "--evaluate", "--questions", str(tmp_path / "q.toml")]
     assert main([*words, "--drug", "A:0.9", "-k", "2", "-n", "3", "--json", str(tmp_path / "e.json")]) == 0
-    assert "right: fact 0 of 2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "right: fact 0 of 2" in out and "no AUROC: all answers are wrong" in out and "nan" not in out
     assert len(json.loads((tmp_path / "e.json").read_text())["questions"]) == 2
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--drug", "V:0.1", "-k", "1"], "1 is not a number of passes"),
-        (["--drug", "V:0"], "sober passes never disagree"),
-        ([], "give the noise by --drug"),
+        (["-p", PROMPT, "--drug", "V:0.1", "-k", "1"], "1 is not a number of passes"),
+        (["-p", PROMPT, "--drug", "V:0.1", "-n", "0"], "0 is not a number of tokens"),
+        (["-p", PROMPT, "--drug", "V:0.1", "--seed", str(2**63)], "of at most 9223372036854775807"),
+        (["-p", PROMPT, "--drug", "V:0.1", "--questions", "q.toml"], "--questions needs --evaluate"),
+        (["-p", PROMPT, "--drug", "V:0.1", "-f", "x"], "give --prompt or --file, not both"),
+        (["-p", PROMPT, "--drug", "V:0"], "sober passes never disagree"),
+        (["-p", PROMPT], "give the noise by --drug"),
         (["--evaluate", "--questions", "/no/such"], "--questions: /no/such: No such file"),
+        (["--evaluate", "-p", PROMPT], "--prompt is for one prompt: drop it or --evaluate"),
+        (["--evaluate", "--drug-sink", "0"], "--drug-sink is for one prompt"),
+        (["--evaluate", "--by", "total"], "--by is for one prompt"),
+        (["--evaluate", "--html", "x.html"], "--html is for one prompt"),
     ],
 )
 def test_bad_words_are_one_line(folder, words, message, capsys):
-    assert main(["lab", "doubt", "-m", str(folder), "-p", PROMPT, *words]) == 2
+    assert main(["lab", "doubt", "-m", str(folder), *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ") and message in lines[-1]
 

@@ -321,6 +321,8 @@ def test_meter_command(folder, tmp_path, capsys):
         "V:0.1,A:0.2",
         "K:0.3",
     ]
+    assert main([*words, "--drug", "V:0.1,sink=0"]) == 0
+    assert "V:0.1,sink=0 " in capsys.readouterr().out, "what a text says of its sink holds"
     assert main([*words, "--sites", "V", "--by-layer", "2", "--theta", "10deg", "--laws", "gauss,sign"]) == 0
     assert [line.split()[0].partition("@")[2] for line in capsys.readouterr().out.splitlines()] == [
         "", "0-1~gauss", "1-2~gauss", "0-1~sign", "1-2~sign",
@@ -334,6 +336,11 @@ def test_meter_command(folder, tmp_path, capsys):
         (["-p", "Hi"], "noise leaves the first 6 tokens alone"),
         (["-p", TEXT, "--theta", "0.1", "--target-kl", "1"], "give --theta or --target-kl"),
         (["-p", TEXT, "--drug", "V:0.1", "--target-kl", "1"], "drop --drug"),
+        (["-p", TEXT, "--drug", "V:0.1", "--sites", "K"], "drop --drug"),
+        (["-p", TEXT, "--drug", "V:0.1", "--laws", "sign"], "drop --drug"),
+        (["-p", TEXT, "--theta", "x"], "--theta: theta 'x' is not a number"),
+        (["-p", TEXT, "--seed", str(2**63)], "--seed: "),
+        (["-p", TEXT, "-q", "-v"], "give --quiet or --verbose, not both"),
         (["-p", TEXT, "--by-layer", "4"], "a window of 4 layers does not fit this model of 3"),
         (["-p", TEXT, "--target-kl", "-1"], "kl must be at least 0"),
         (["-p", TEXT, "--target-kl", "nan"], "kl must be a finite number"),
@@ -347,6 +354,22 @@ def test_bad_words_are_one_line(folder, words, message, capsys):
     assert main(["lab", "meter", "-m", str(folder), *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ") and message in lines[-1]
+
+
+def test_ctrl_c_is_told(folder, tmp_path, monkeypatch, capsys):
+    def stopped(engine, pieces, schedules, seed, progress):
+        def stop(done, total, left):
+            if done:
+                raise KeyboardInterrupt
+
+        return meter(engine, pieces, schedules, seed, stop)
+
+    monkeypatch.setattr("tinydrug.cli.lab.meter.meter", stopped)
+    words = ["lab", "meter", "-m", str(folder), "-p", TEXT, "--piece", "64", "--drug", "V:0.1"]
+    assert main([*words, "--json", str(tmp_path / "m.json")]) == 130
+    said, data = capsys.readouterr(), json.loads((tmp_path / "m.json").read_text())
+    assert said.out.count("\n") == 2 and "ended by Ctrl-C" in said.err
+    assert not data["record"]["complete"] and data["readings"][0]["tokens"] == 64 - 6
 
 
 def test_without_scipy(folder, monkeypatch, capsys):

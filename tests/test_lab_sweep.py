@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engines import add_tokenizer
+from scipy import stats
 
 import tinydrug
 from tinydrug.api import Job as Generation
@@ -194,8 +195,9 @@ BAD_PLANS = [
     ("prompts = []", "the list is empty"),
     ('prompts = [" "]', "one is empty"),
     ('prompts = ["a", "a"]', "prompt 'a' is there twice"),
-    ("prompts = [1]", "is not a list of a texts"),
-    ('prompts = ["a"]\nseeds = 0', "seeds: 0 is not at least 1"),
+    ("prompts = [1]", "is not a list of texts"),
+    ('prompts = ["a"]\nseeds = 0', "seeds: 0 is not a number from 1 to 10000"),
+    ('prompts = ["a"]\nseeds = 1000000000', "seeds: 1000000000 is not a number from 1 to 10000"),
     ('prompts = ["a"]\nseeds = []', "seeds: the list is empty"),
     ('prompts = ["a"]\nseeds = [1, 1]', "seed 1 is there twice"),
     ('prompts = ["a"]\nseeds = [-1]', "not in"),
@@ -512,7 +514,8 @@ BAD_WORDS = [
     (["-o", "OUT", "-m", "MODEL/no"], "no model"),
     (["PLAN", "-o", "PLAN", "-m", "MODEL"], "cannot be made a folder"),
     (["PLAN", "-o", "OUT", "-m", "MODEL", "--dask", "nonsense://x:1"], "--dask"),
-    (["CHAT", "-o", "OUT", "-m", "MODEL"], "no chat template"),
+    (["PLAN", "-o", "OUT", "--dask", "tcp://x:1", "--workers", "2"], "--workers: the cluster of --dask"),
+    (["CHAT", "-o", "OUT", "-m", "MODEL"], "has no chat template: give its plan [[prompt]]"),
 ]
 
 
@@ -559,6 +562,8 @@ def test_broken_text_is_not_varied_text():
     assert high["coherent"] == pytest.approx(1 / 6) and low["coherent"] == 1
     assert high["fair_samples"] == 2 and np.isnan(high["fair_vendi"]) and 1 < low["fair_vendi"] < 2
     assert low["perplexity"] == pytest.approx(np.e) and high["leaves_sober"] > 0
+    counts = [1, 1, 1, 1, 1, 1]  # of first bytes: "t" of seed 0, then "1" to "5"
+    assert low["first_entropy"] == 0 and high["first_entropy"] == pytest.approx(stats.entropy(counts))
 
 
 def test_cliff():

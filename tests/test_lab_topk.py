@@ -91,8 +91,9 @@ def test_tokens_stay_on_their_line(engine):
 @pytest.mark.parametrize(
     ("more", "kind", "message"),
     [
-        ({"k": 0}, ConfigError, "at least one token"),
-        ({"seeds": ()}, ConfigError, "at least one token, and one seed"),
+        ({"k": 0}, ConfigError, "--top: 0 is not a whole number of at least 1"),
+        ({"k": "x"}, ConfigError, "--top: 'x' is not"),
+        ({"seeds": ()}, ConfigError, "--seeds: there must be at least one"),
         ({"drug": "X:1"}, DrugError, "there is no site"),
         ({"drug": "V:1,sink=99"}, PromptError, "noise leaves the first 99 alone"),
         ({"prompt": "Hi"}, PromptError, "the text has 2 tokens"),

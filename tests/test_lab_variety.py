@@ -164,6 +164,7 @@ def test_command(model, tmp_path, capsys):
         (["--perplexity", "0.5"], "not above 1"),
         (["--perplexity", "x"], "'x'"),
         (["--against", "heat"], "heat"),
+        (["--against", "sober"], "the plan has no family 'sober'"),
     ],
 )
 def test_bad_words(more, said, model, tmp_path, capsys):

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "loading",
     "inspect": "loading",
+    "quantize": "loading",
     "Inspection": "loading",
     "Engine": "api",
     "Stream": "api",

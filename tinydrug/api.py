@@ -296,18 +296,27 @@ class Engine:
         *,
         prompts: Sequence[Prompt] | None = None,
         drug: Drug | Sequence[Drug] = None,
+        session: Session | None = None,
         **options,
     ) -> Completion | list[Completion]:
         """Continue one prompt, or several in one forward pass a token (then a list comes back); `options` are
         the fields of Options.
 
         With `prompts`, `drug` is one schedule for all or a list of one each; sequence i uses noise seed
-        drug_seed + i and sampler seed + i, unless its schedule has a seed of its own.
+        drug_seed + i and sampler seed + i, unless its schedule has a seed of its own. session: as for
+        `stream`, with one prompt.
         """
         if (prompt is None) == (prompts is None):
             raise ConfigError("give either prompt or prompts", "prompt")
         if isinstance(prompts, str) or not isinstance(prompts, Iterable | None):
             raise ConfigError(f"prompts: expected a list of prompts, not {shown(prompts)}", "prompts")
+        if session is not None:
+            if prompts is not None:
+                raise ConfigError("session: it continues one prompt: give prompt", "session")
+            stream = self.stream(prompt, drug=drug, session=session, **options)
+            for _ in stream:
+                pass
+            return stream.completion
         several = [prompt] if prompts is None else list(prompts)
         each = isinstance(drug, (list, tuple)) and prompts is not None
         drugs = list(drug) if each else [drug] * len(several)

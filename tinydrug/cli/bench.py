@@ -106,7 +106,7 @@ def _measured(flags, args, tests, drugs, console) -> Iterator[dict]:
 
     with load_engine(flags, console) as engine, interruptible() as check:
         about = _about(engine, flags)
-        ids = _tokens(engine)
+        ids, drugs = _tokens(engine), [(text, engine.resolve(schedule)) for text, schedule in drugs]
         session = engine.session(drug_seed=args.drug_seed)
         for depth, (drug, schedule), test in product(args.n_depth, drugs, tests):
             started = time.perf_counter()

@@ -108,7 +108,7 @@ def _check_names(argv: list[str], known: dict) -> None:
 
 def _check_together(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other."""
-    given = {name for name, value in vars(args).items() if value not in (None, False)}
+    given = {name for name, value in vars(args).items() if value is not None and value is not False}
     for one, other in (("prompt", "file"), ("drug", "drug_file"), ("offline", "pull"), ("quiet", "verbose")):
         if {one, other} <= given:
             raise ConfigError(f"give {_flag(one)} or {_flag(other)}, not both", one)

@@ -4,6 +4,7 @@ The letters of shape comments everywhere: T tokens of this call, S cache slots, 
 hidden size, F MLP size, H query heads, G key/value heads (G divides H), d head width.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from tinydrug.errors import UnsupportedModel
@@ -64,7 +65,7 @@ class Fields:
             if value is None:
                 continue
             if kind is float and isinstance(value, int) and not isinstance(value, bool):
-                value = float(value)
+                value = float(value) if abs(value) < 1 << 1023 else math.inf
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise UnsupportedModel(f"{self.path}: config field {key} is {value!r}, not {kind.__name__}")
             return value

@@ -72,6 +72,7 @@ def _cell(plan: Plan, samples: Sequence[dict], sober: dict | None, size: int) ->
         **{f"rep_{n}": fmean(metrics.repetition(text, n) for text in texts) for n in (2, 3, 4)},
         "fair_rep_4": _mean([metrics.repetition(text, 4) for text in metrics.cut(texts, plan.match)]),
         "compression": _mean([metrics.compression(sample["text"]) for sample in samples]),
+        "first_entropy": metrics.entropy([sample["ids"][0] for sample in samples if sample["ids"]]),
         "leaves_sober": _mean([_leaves(sample, sober) for sample in samples]),
         **{column: metric(texts) if len(texts) > 1 else math.nan for column, metric in SPREAD.items()},
         "fair_samples": len(fair),

@@ -16,6 +16,7 @@ from tinydrug.api import Drug, Engine, Prompt
 from tinydrug.engine.sampling import log_softmax
 from tinydrug.errors import ConfigError, DrugError
 from tinydrug.lab.lanes import Lanes, check_reach
+from tinydrug.lab.metrics import entropy
 from tinydrug.lab.page import need
 from tinydrug.lab.results import record
 from tinydrug.lab.tokens import shown
@@ -60,7 +61,7 @@ def doubt(engine: Engine, prompt: Prompt, drug: Drug, k: int = 10, n: int = 64, 
     check_reach(read, schedule.sink)
     total, aleatoric, likelihood = uncertainty(engine, ids, sober.ids, schedule, range(seed, seed + k))
     drunk = engine.generate(prompts=[ids] * k, drug=schedule, drug_seed=seed, n=n)
-    answers = Counter(normal(each.text) for each in drunk)
+    said = [normal(each.text) for each in drunk]
     first = {normal(each.text): each.text.strip() for each in reversed(drunk)}
     settings = {"drug": str(schedule), "k": k, "n": n, "seed": seed, "prompt_ids": ids}
     return Doubt(
@@ -70,8 +71,8 @@ def doubt(engine: Engine, prompt: Prompt, drug: Drug, k: int = 10, n: int = 64, 
         aleatoric=aleatoric,
         epistemic=np.maximum(total - aleatoric, 0),
         likelihood=likelihood,
-        answers=tuple((first[text], count) for text, count in answers.most_common()),
-        entropy=entropy(list(answers.values())),
+        answers=tuple((first[text], count) for text, count in Counter(said).most_common()),
+        entropy=entropy(said),
         record=record(engine, "doubt", **settings),
     )
 
@@ -108,13 +109,6 @@ def uncertainty(
             mean = mean + p / len(seeds)
     sober = np.exp(log_softmax(lanes.read([(SOBER, 0)], len(ids))[0]))
     return entr(mean).sum(-1), aleatoric, sober[np.arange(len(ids)), ids]
-
-
-def entropy(counts: Sequence[int]) -> float:
-    """Of answers by how often each was given, in nats."""
-    from scipy.stats import entropy
-
-    return float(entropy(counts))
 
 
 def normal(text: str) -> str:

@@ -17,7 +17,8 @@ import numpy as np
 from tinydrug.api import Engine, Job, Options
 from tinydrug.engine.sampling import Sampling
 from tinydrug.errors import ConfigError
-from tinydrug.lab.doubt import check, entropy, normal, uncertainty
+from tinydrug.lab.doubt import check, normal, uncertainty
+from tinydrug.lab.metrics import entropy
 from tinydrug.lab.progress import Progress, Work
 from tinydrug.lab.results import record
 from tinydrug.noise import Schedule
@@ -80,13 +81,16 @@ def load_questions(path: str | None = None) -> list[Question]:
         raise ConfigError(f"--questions: {path}: is not TOML: {error}", "questions") from None
     found = []
     for kind, table in data.items():
+        pairs = list(table.items()) if isinstance(table, Mapping) else [(kind, None)]
         if kind == "invented" and isinstance(table, Mapping):
-            pairs = [(text, table.get("right")) for text in table.get("questions", ())]
-        else:
-            pairs = list(table.items()) if isinstance(table, Mapping) else [(kind, None)]
+            texts = table.get("questions")
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ConfigError(f"--questions: {path}: invented needs a list of questions", "questions")
+            pairs = [(text, table.get("right")) for text in texts]
         for text, right in pairs:
-            sound = isinstance(text, str) and isinstance(right, list) and right
-            if not sound or not all(isinstance(word, str) and word for word in right):
+            if not text.strip():
+                raise ConfigError(f"--questions: {path}: a question is empty", "questions")
+            if not isinstance(right, list) or not right or not all(isinstance(w, str) and w for w in right):
                 raise ConfigError(f"--questions: {path}: {text!r} needs a list of right answers", "questions")
             found.append(Question(kind, text, tuple(right)))
     if not found:
@@ -148,6 +152,9 @@ def report(found: Evaluation) -> str:
     kinds = Counter(found.kinds)
     right = {kind: sum(np.array(found.kinds)[found.correct] == kind) for kind in kinds}
     lines = ["right: " + ", ".join(f"{kind} {right[kind]} of {kinds[kind]}" for kind in kinds), ""]
+    if found.correct.all() or not found.correct.any():
+        all_are = "right" if found.correct.all() else "wrong"
+        return "\n".join([*lines, f"no AUROC: all answers are {all_are}, there is nothing to tell apart"])
     width = max(len(name) for name in found.scores)
     lines.append(f"AUROC of wrong answers, with 95 % intervals of {RESAMPLES} bootstrap samples of questions")
     rows = found.rows()
@@ -194,8 +201,7 @@ def _answer(engine: Engine, questions, schedules: Mapping[str, Schedule], k: int
             scores[f"{drug}: total"] = float(total.mean())
         at = len(prompts) + q * len(ways) * k
         for name in ways:
-            counts = Counter(normal(answer.text) for answer in answers[at : at + k])
-            scores[name], at = entropy(list(counts.values())), at + k
+            scores[name], at = entropy([normal(answer.text) for answer in answers[at : at + k]]), at + k
         about = {
             "question": question.text,
             "answer": sober.text.strip(),

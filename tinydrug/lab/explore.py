@@ -6,7 +6,7 @@ from pathlib import Path
 from tinydrug.engine.record import FORMAT
 from tinydrug.lab import metrics
 from tinydrug.lab.cells import cells
-from tinydrug.lab.page import page, parts
+from tinydrug.lab.page import need, page, parts
 from tinydrug.lab.plan import SOBER, Plan
 from tinydrug.lab.results import write_text
 from tinydrug.lab.store import Store
@@ -20,7 +20,8 @@ SHOWN = (  # metrics of a cell that the page shows, of those that are known
 
 def explore(paths: Sequence[str | Path], out: str | Path) -> int:
     """Write the page over the sweeps in these folders -> how many samples it shows. ConfigError if one is no
-    sweep or has no results."""
+    sweep or has no results, or without the [lab] extra."""
+    need("sacrebleu", "scipy")
     sweeps = [_sweep(*opened(path)) for path in paths]
     if len({sweep["name"] for sweep in sweeps}) < len(sweeps):  # one model twice: told apart by the folders
         for sweep, path in zip(sweeps, paths, strict=True):

@@ -7,7 +7,8 @@ one length and leave broken ones out before comparing (lab/cells.py does).
 
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from itertools import combinations
 from math import comb
 
@@ -60,6 +61,13 @@ def compression(text: str) -> float:
 
 
 # --- several texts of one prompt ----------------------------------------------------------------------------
+def entropy(samples: Sequence[Hashable]) -> float:
+    """Of how often each value is there, in nats; NaN without any."""
+    from scipy.stats import entropy
+
+    return float(entropy(list(Counter(samples).values()))) if samples else float("nan")
+
+
 def distinct(samples: Sequence[Words], n: int = 2) -> float:
     """distinct-n: different n-grams for each n-gram of all samples together; NaN without any."""
     grams = [gram for sample in samples for gram in ngrams(sample, n)]

@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -12,10 +13,12 @@ from pathlib import Path
 from tinydrug.engine.sampling import RULES, Sampling
 from tinydrug.errors import ConfigError, TinydrugError
 from tinydrug.noise import Schedule
+from tinydrug.noise.checks import shown
 
 BUILT_IN = ("grid", "variety", "repeat")  # plans that come with the package
 SAMPLERS = [name for name in RULES if name != "seed"]
 SOBER = "sober"
+MOST_SEEDS = 10_000
 BASELINES = (  # beside every sweep, unless the plan says baselines = false
     {"name": "temperature", "temperature": [0.5, 0.8, 1.0, 1.3]},
     {"name": "top-p 0.9", "top_p": 0.9, "temperature": [0.8, 1.0, 1.3, 1.6]},
@@ -178,8 +181,8 @@ def _prompts(data: Mapping) -> tuple[Prompt, ...]:
 def _seeds(value) -> tuple[int, ...]:
     """A number of seeds, from 0 on, or a list of them."""
     if isinstance(value, int) and not isinstance(value, bool):
-        if value < 1:
-            raise ConfigError(f"seeds: {value} is not at least 1", "seeds")
+        if not 1 <= value <= MOST_SEEDS:
+            raise ConfigError(f"seeds: {shown(value)} is not a number from 1 to {MOST_SEEDS}", "seeds")
         return tuple(range(value))
     seeds = _list(value, "seeds", int)
     if any(not 0 <= seed < 2**64 for seed in seeds):
@@ -271,9 +274,8 @@ def _list(value, what: str, kind: type, empty: bool = False) -> list:
     if not isinstance(value, list) or any(
         not isinstance(item, kind) or (kind is int and isinstance(item, bool)) for item in value
     ):
-        raise ConfigError(
-            f"{what}: {value!r:.60} is not a list{f' of {KINDS[kind]}s' if kind in KINDS else ''}", what
-        )
+        items = {str: " of texts", int: " of whole numbers"}.get(kind, "")
+        raise ConfigError(f"{what}: {value!r:.60} is not a list{items}", what)
     if not value and not empty:
         raise ConfigError(f"{what}: the list is empty", what)
     return value
@@ -290,11 +292,12 @@ def _option(value, name: str, kind, sound, words: str):
 
 
 def _no_twins(names: list, what: str) -> None:
-    if twins := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"{what} {twins[0]!r} is there twice", what)
+    name, times = next(iter(Counter(names).most_common(1)), (None, 0))
+    if times > 1:
+        raise ConfigError(f"{what} {name!r} is there twice", what)
 
 
-KINDS = {str: "a text", bool: "true or false", int: "a whole number"}
+KINDS = {str: "a text", bool: "true or false"}
 OPTIONS = {  # key: type, what holds of a sound value, and that in words
     "n": (int, lambda n: n >= 1, "a number of tokens of at least 1"),
     "match": (int, lambda n: n >= 1, "a number of words of at least 1"),

@@ -37,6 +37,17 @@ class Work(Generic[Item]):
             return
 
 
+def estimating(progress: Progress) -> Callable[[int, int], None]:
+    """For work that tells (done, total) alone: the rest takes as long, item by item, as what is done."""
+    start = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        left = (time.monotonic() - start) / done * (total - done) if done else float("nan")
+        progress(done, total, left)
+
+    return tell
+
+
 def spoken(seconds: float) -> str:
     """A duration in words as short as a bar needs: 8 s, 2:05 min, 1:10 h; nothing if it is not known."""
     if seconds != seconds:

@@ -30,6 +30,8 @@ def record(engine: Engine, experiment: str, **settings) -> dict:
 
 def folder(path: str | os.PathLike) -> Path:
     """A folder for results, made if missing. ConfigError naming it."""
+    if not os.fspath(path):
+        raise ConfigError("the name of the folder for results is empty", "path")
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:

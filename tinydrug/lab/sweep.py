@@ -43,7 +43,7 @@ def sweep(
     A KeyboardInterrupt, which progress(done, total, seconds left) may raise, ends it early: what is done is
     kept, and is not done again. ConfigError if the folder is another model's, or in use.
     """
-    need("sacrebleu")
+    need("sacrebleu", "scipy")
     progress = progress or (lambda done, total, left: None)
     with Store.writing(path, about | {"plan": plan.to_dict()}) as store:
         missing = [job for job in plan.jobs if job.id not in store.rows]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinydrug.api import Drug, Engine, Prompt
+from tinydrug.engine.checks import whole, wholes
 from tinydrug.engine.forced import divergence
 from tinydrug.engine.sampling import log_softmax
 from tinydrug.errors import ConfigError
@@ -44,8 +45,9 @@ def topk(
     The prompt is read as the schedule says, but at least its last token under noise: else the next token
     would be the sober one. Raises ConfigError, DrugError, PromptError.
     """
-    if k < 1 or not seeds:
-        raise ConfigError("--top: there must be at least one token, and one seed", "k")
+    k, seeds = whole(k, "--top", 1, field="k"), wholes(seeds, "--seeds")
+    if not seeds:
+        raise ConfigError("--seeds: there must be at least one", "seeds")
     ids, schedule = engine.encode(prompt), engine.resolve(drug)
     check_reach(ids, schedule.sink)
     where = "all" if schedule.prompt == "all" else "last"

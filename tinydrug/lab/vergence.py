@@ -5,12 +5,14 @@ window and every dose, theta 0 included (it must be 0: what is not is no noise).
 standard errors. After DRµGS' surfaces, with an axis value for every row and column.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
 from tinydrug.api import Engine, Prompt
+from tinydrug.engine.checks import whole, wholes
 from tinydrug.engine.forced import divergence
 from tinydrug.engine.sampling import log_softmax
 from tinydrug.errors import ConfigError
@@ -19,6 +21,7 @@ from tinydrug.lab.progress import Progress, Work
 from tinydrug.lab.results import record
 from tinydrug.lab.tokens import likeliest, shown
 from tinydrug.noise import SITES, SOBER, Dose, Layers, Schedule
+from tinydrug.noise.checks import number
 
 DOSES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.2, 1.6)  # radians
 TOP = 10  # sober tokens whose likelihoods are kept
@@ -39,15 +42,21 @@ class Plan:
     seeds: tuple[int, ...] = (1, 2, 3)  # of the noise
 
     def __post_init__(self):
-        object.__setattr__(self, "doses", tuple(sorted({0.0, *self.doses})))
+        for name in ("sites", "doses"):
+            if not isinstance(getattr(self, name), Sequence):
+                raise ConfigError(f"--{name}: expected a list, not {getattr(self, name)!r:.60}", name)
+        doses = {0.0, *(number(theta, "theta", least=0) for theta in self.doses)}
+        object.__setattr__(self, "doses", tuple(sorted(doses)))
+        object.__setattr__(self, "sites", tuple(self.sites))
+        object.__setattr__(self, "seeds", wholes(self.seeds, "--seeds"))
+        object.__setattr__(self, "width", whole(self.width, "--width", 1, field="width"))
         for theta, site in product(self.doses, self.sites):
             Dose(site, theta, law=self.law)
         if self.prompt not in MODES:
             raise ConfigError(f"--noise: {self.prompt!r} is not all or last", "prompt")
-        if not self.seeds:
-            raise ConfigError("--seeds: there must be at least one", "seeds")
-        if self.width < 1:
-            raise ConfigError("--width: a window has at least one layer", "width")
+        for name in ("sites", "seeds"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name}: there must be at least one", name)
 
     def windows(self, n_layers: int) -> list[tuple[int, int]]:
         """(first, last) layer of every injection window. ConfigError if the model is too small for one."""
@@ -76,6 +85,11 @@ class Vergence:
     drugged: np.ndarray  # (S, W, D, K) and under noise, mean over seeds
     record: dict
     complete: bool
+
+    @property
+    def middle(self) -> int:
+        """The index of the dose that pictures of one dose show."""
+        return min(len(self.doses) - 1, 1 + (len(self.doses) - 1) // 2)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For an NPZ file, with an axis for each dimension."""

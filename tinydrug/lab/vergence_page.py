@@ -28,7 +28,7 @@ def vergence_page(found: Vergence) -> str:
         "tokens": found.record["top_tokens"],
         "sober": _short(found.sober),
         "drugged": _short(found.drugged),
-        "show": min(len(found.doses) - 1, 1 + (len(found.doses) - 1) // 2),
+        "show": found.middle,
         "about": about,
         "record": found.record,
     }

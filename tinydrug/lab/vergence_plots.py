@@ -16,14 +16,9 @@ def save_plots(found: Vergence, folder: Path) -> list[Path]:
     return paths
 
 
-def middle_dose(found: Vergence) -> int:
-    """The index of the dose that pictures of one dose show."""
-    return min(len(found.doses) - 1, 1 + (len(found.doses) - 1) // 2)
-
-
 def _sites(found: Vergence):
     """What is left of each site's push after the last layer, by injection window, at one dose."""
-    picture, d = figure(9, 4.5), middle_dose(found)
+    picture, d = figure(9, 4.5), found.middle
     axes = picture.add_subplot()
     centres = found.windows.mean(1)
     for s, site in enumerate(found.sites):
@@ -43,7 +38,7 @@ def _sites(found: Vergence):
 
 def _site(found: Vergence, s: int):
     """Through the layers at one dose; and after the last layer at every dose."""
-    picture, d = figure(11, 4.6), middle_dose(found)
+    picture, d = figure(11, 4.6), found.middle
     left, right = picture.subplots(1, 2)
     through, L = found.divergence[s, :, d], found.divergence.shape[-1]
     first, last = found.windows[:, 0].min(), found.windows[:, 0].max()

@@ -16,7 +16,7 @@ MODELS: dict[str, ModuleType] = {
 def find_model(raw: dict, path) -> ModuleType:
     """The module for a config.json; UnsupportedModel lists what there is."""
     kind = raw.get("model_type")
-    if kind not in MODELS:
+    if not isinstance(kind, str) or kind not in MODELS:
         raise UnsupportedModel(
             f"{path}: model_type {kind!r} is not supported; supported: {', '.join(MODELS)}"
         )

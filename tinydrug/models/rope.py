@@ -116,10 +116,18 @@ def check_rope(config: Config, path) -> None:
     """Refuse a rope type or its fields at load, not at the first position."""
     if config.rope.kind not in ROPES:
         raise UnsupportedModel(f"{path}: rope type {config.rope.kind!r}; supported: {', '.join(ROPES)}")
+    ends = np.array([0, 2 * config.max_seq_len])  # --ctx-size may be larger than what it was trained for
     try:
-        ROPES[config.rope.kind](config, np.arange(1))
+        with np.errstate(divide="raise", over="raise", invalid="raise"):
+            frequencies, factor = ROPES[config.rope.kind](config, ends)
+        sound = np.isfinite(frequencies).all() and (frequencies > 0).all() and math.isfinite(factor)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{path}: {error}") from None
+    except (ArithmeticError, ValueError, LookupError, TypeError):
+        sound = False
+    if not sound:
+        fields = {"rope_theta": config.rope.rope_theta, **config.rope.options}
+        raise UnsupportedModel(f"{path}: rope type {config.rope.kind} has no frequencies for {fields!r:.200}")
 
 
 class RopeTable:

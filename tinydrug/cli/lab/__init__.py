@@ -32,6 +32,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("-q", "--quiet", action="store_true", help="nothing on standard error but errors")
     parser.add_argument("-v", "--verbose", action="store_true", help="more there, and tracebacks of errors")
     args = parser.parse_args(words)
+    if args.quiet and args.verbose:
+        raise ConfigError("give --quiet or --verbose, not both", "quiet")
     with Console(args.quiet, args.verbose) as console:
         return experiment.run(args, console) or 0
 

@@ -16,13 +16,18 @@ from tinydrug.cli.lab.model import (
     paints,
     prompt,
     prompt_arguments,
+    seed,
+    status,
 )
 from tinydrug.cli.options import whole
+from tinydrug.errors import ConfigError
 from tinydrug.lab.doubt import KINDS, Doubt, doubt
 from tinydrug.lab.doubt_page import doubt_page
 from tinydrug.lab.results import write_csv, write_json, write_text
 
 SHADES = (231, 230, 229, 222, 215, 208, 202, 196)  # of the terminal's 256 colours: from sure to not at all
+TOKENS, BRIEF = 64, 24  # at most: of an answer, of the answer to a question with a known one
+ONE_PROMPT = ("prompt", "file", "drug_file", "drug_sink", "drug_prompt", "by", "no_chat", "html")
 LEAST = 0.1  # nats that the last shade stands for, if no token has more
 
 
@@ -31,10 +36,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     prompt_arguments(parser)
     drug_arguments(parser)
     add("-k", "--passes", type=whole(0), default=10, metavar="K", help="drugged passes (default: 10)")
-    add("-n", "--predict", type=whole(0), default=64, metavar="N", help="tokens at most (default: 64)")
-    add("--seed", type=whole(0), default=1, metavar="N", help="of the first pass (default: 1)")
-    add("--by", choices=KINDS, default="epistemic", metavar="KIND",
-        help=f"what the colours show: {', '.join(KINDS)} (default: epistemic)")  # fmt: skip
+    add("-n", "--predict", type=whole(0), metavar="N",
+        help=f"tokens at most (default: {TOKENS}; with --evaluate {BRIEF})")  # fmt: skip
+    add("--seed", type=seed, default=1, metavar="N", help="of the first pass (default: 1)")
+    add("--by", choices=KINDS, metavar="KIND",
+        help=f"what the colours show: {', '.join(KINDS)} (default: {KINDS[0]})")  # fmt: skip
     add("--no-chat", action="store_true", help="continue the text as it is, not as a question in a chat")
     add("--html", metavar="FILE", help="write a page there, too")
     add("--csv", metavar="FILE", help="write the table of tokens there, too")
@@ -44,15 +50,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
+def run(args: argparse.Namespace, console: Console) -> int:
+    _check_together(args)
     if args.evaluate:
         return _evaluate(args, console)
     text, schedule = prompt(args), drug(args)
     with model(args, console) as engine:
         chat = engine.tokenizer.chat_template and not args.no_chat
         asked = [{"role": "user", "content": text}] if chat else text
-        found = doubt(engine, asked, schedule, args.passes, args.predict, args.seed)
-    print(heat_map(found, args.by) if paints() else table(found))
+        n = TOKENS if args.predict is None else args.predict
+        found = doubt(engine, asked, schedule, args.passes, n, args.seed)
+    print(heat_map(found, args.by or KINDS[0]) if paints() else table(found))
     print(answers(found))
     if args.html:
         write_text(args.html, doubt_page(found, text))
@@ -61,7 +69,17 @@ def run(args: argparse.Namespace, console: Console) -> None:
     if args.json:
         about = {"answer": found.text, "entropy": found.entropy, "answers": found.answers}
         write_json(args.json, {"record": found.record, **about, "tokens": found.rows()})
-    return None
+    return 0
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Refuse flags that would do nothing."""
+    if args.questions is not None and not args.evaluate:
+        raise ConfigError("--questions needs --evaluate", "questions")
+    given = [name for name in ONE_PROMPT if vars(args)[name] is not None and vars(args)[name] is not False]
+    if args.evaluate and given:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise ConfigError(f"{flag} is for one prompt: drop it or --evaluate", given[0])
 
 
 def heat_map(found: Doubt, by: str) -> str:
@@ -94,14 +112,16 @@ def answers(found: Doubt) -> str:
     return "\n".join([*lines, *(f"{count:>5}  {' '.join(text.split())}" for text, count in found.answers)])
 
 
-def _evaluate(args: argparse.Namespace, console: Console) -> None:
+def _evaluate(args: argparse.Namespace, console: Console) -> int:
     from tinydrug.lab.evaluate import DRUGS, evaluate, load_questions, report
 
     questions = load_questions(args.questions)
     with model(args, console) as engine, bar(console, "answering") as progress:
-        found = evaluate(engine, questions, args.drug or DRUGS, args.passes, min(args.predict, 32), progress)
+        n = BRIEF if args.predict is None else args.predict
+        found = evaluate(engine, questions, args.drug or DRUGS, args.passes, n, progress, args.seed)
     print(report(found))
     if args.csv:
         write_csv(args.csv, found.rows())
     if args.json:
         write_json(args.json, {"record": found.record, "scores": found.rows(), "questions": found.answers})
+    return status(found.record["complete"], console)

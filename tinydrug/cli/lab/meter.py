@@ -11,6 +11,7 @@ on a reference text of the package in place of this one."""
 import argparse
 from dataclasses import replace
 
+from tinydrug.api import Engine
 from tinydrug.cli.console import Console
 from tinydrug.cli.lab.model import (
     bar,
@@ -18,30 +19,34 @@ from tinydrug.cli.lab.model import (
     model_arguments,
     prompt,
     prompt_arguments,
+    seed,
     sites,
+    status,
+    theta,
     words,
 )
 from tinydrug.cli.options import real, whole
 from tinydrug.engine.calibrate import solve
 from tinydrug.errors import ConfigError
 from tinydrug.lab.meter import Reading, halves, meter
+from tinydrug.lab.progress import estimating
 from tinydrug.lab.results import record, write_csv, write_json
 from tinydrug.noise import Dose, Effect, Layers, Schedule
-from tinydrug.noise.dose import parse_theta
 from tinydrug.noise.laws import LAWS
 from tinydrug.noise.sites import SITES
 
 PIECE = 256  # tokens
+GRID = ("sites", "laws", "theta", "target_kl", "by_layer")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     prompt_arguments(parser)
     add("--drug", action="append", metavar="SPEC", help="a schedule to measure; may be given several times")
-    add("--sites", type=sites, default=tuple(SITES), metavar="LIST", help="sites by commas (default: all)")
-    add("--laws", type=words(LAWS), default=("uniform",), metavar="LIST",
+    add("--sites", type=sites, metavar="LIST", help="sites by commas (default: all)")
+    add("--laws", type=words(LAWS), metavar="LIST",
         help=f"laws by commas, of {', '.join(LAWS)} (default: uniform)")  # fmt: skip
-    add("--theta", type=parse_theta, metavar="THETA", help="of these (default: 0.2)")
+    add("--theta", type=theta, metavar="THETA", help="of these (default: 0.2)")
     add("--target-kl", type=real, metavar="KL", help="find the theta of this mean KL a token, in nats")
     add(
         "--by-layer",
@@ -52,16 +57,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--piece", type=whole(8), default=PIECE, metavar="N",
         help=f"tokens read from an empty cache (default: {PIECE})")  # fmt: skip
     add("--tokens", type=whole(8), metavar="N", help="of the text at most so many (default: all)")
-    add("--seed", type=whole(0), default=1, metavar="N", help="of the noise (default: 1)")
-    add("--drug-sink", type=whole(0), default=6, metavar="N", help="positions never touched (default: 6)")
+    add("--seed", type=seed, default=1, metavar="N", help="of the noise (default: 1)")
+    add("--drug-sink", type=whole(0), metavar="N", help="positions never touched (default: 6)")
     add("--csv", metavar="FILE", help="write the table there, too")
     add("--json", metavar="FILE", help="write the table and the record of the run there, too")
     model_arguments(parser)
 
 
-def run(args: argparse.Namespace, console: Console) -> None:
-    if args.drug and (args.theta is not None or args.target_kl is not None or args.by_layer):
-        raise ConfigError("--theta, --target-kl and --by-layer are for --sites: drop --drug", "drug")
+def run(args: argparse.Namespace, console: Console) -> int:
+    if args.drug and any(vars(args)[name] is not None for name in GRID):
+        raise ConfigError(
+            f"--{', --'.join(GRID).replace('_', '-')} make schedules: drop --drug, or them", "drug"
+        )
     if args.theta is not None and args.target_kl is not None:
         raise ConfigError("give --theta or --target-kl, not both", "target_kl")
     text = prompt(args)
@@ -76,26 +83,34 @@ def run(args: argparse.Namespace, console: Console) -> None:
         extra = [{}] * len(schedules)
         if args.target_kl is not None:
             some, pieces = halves(pieces)
-            with bar(console, "finding angles") as progress:
-                doses = [schedule.doses[0] for schedule in schedules]
-                found = solve(
-                    engine.runtime, some, doses, sink=args.drug_sink, seed=args.seed,
-                    progress=lambda done, total: progress(done, total, float("nan")),
-                )  # fmt: skip
-            schedules = [replace(s, doses=(f.dose,)) for s, f in zip(schedules, found, strict=True)]
-            extra = [
-                {"theta": f.dose.theta, "found_kl": f.kl, "found_kl_error": f.error, "reached": f.reached}
-                for f in found
-            ]
+            schedules, extra = _solved(engine, some, schedules, args.seed, console)
         with bar(console, "reading") as progress:
             readings = meter(engine, pieces, schedules, args.seed + 1, progress)
+        complete = all(each.tokens == _dosed(pieces, each.schedule.sink) for each in readings)
         about = record(engine, "meter", **settings, schedules=[str(s) for s in schedules])
+        about["complete"] = complete
     print(table(readings, args.target_kl, extra))
     rows = [reading.row() | more for reading, more in zip(readings, extra, strict=True)]
     if args.csv:
         write_csv(args.csv, rows)
     if args.json:
         write_json(args.json, {"record": about, "readings": rows})
+    return status(complete, console)
+
+
+def _solved(engine: Engine, pieces, schedules: list[Schedule], seed: int, console: Console):
+    """Schedules of one open dose each with the angles that have their effect on these pieces, and of each
+    what a row says of that."""
+    doses = [schedule.doses[0] for schedule in schedules]
+    with bar(console, "finding angles") as progress:
+        found = solve(
+            engine.runtime, pieces, doses, sink=schedules[0].sink, seed=seed, progress=estimating(progress)
+        )
+    extra = [
+        {"theta": each.dose.theta, "found_kl": each.kl, "found_kl_error": each.error, "reached": each.reached}
+        for each in found
+    ]
+    return [replace(s, doses=(each.dose,)) for s, each in zip(schedules, found, strict=True)], extra
 
 
 def table(readings: list[Reading], target: float | None, extra: list[dict]) -> str:
@@ -127,8 +142,15 @@ def _grid(args: argparse.Namespace, angle, n_layers: int) -> list[Schedule]:
                 "by_layer",
             )
         where = [Layers(((i, i + args.by_layer - 1),)) for i in range(n_layers - args.by_layer + 1)]
-    each = [(site, place, law) for law in args.laws for site in args.sites for place in where]
-    return [Schedule((Dose(site, angle, place, law),), sink=args.drug_sink) for site, place, law in each]
+    laws = args.laws or ("uniform",)
+    each = [(site, place, law) for law in laws for site in args.sites or SITES for place in where]
+    doses = (Dose(site, angle, place, law) for site, place, law in each)
+    return [Schedule.parse((dose,), sink=args.drug_sink) for dose in doses]
+
+
+def _dosed(pieces: list[list[int]], sink: int) -> int:
+    """How many tokens noise can touch."""
+    return sum(max(0, len(piece) - sink) for piece in pieces)
 
 
 def _first(pieces: list[list[int]], tokens: int) -> list[list[int]]:

@@ -13,10 +13,12 @@ from tinydrug.cli.options import parse, whole
 from tinydrug.cli.talk import interruptible, load_engine
 from tinydrug.errors import ConfigError, DrugError, PromptError
 from tinydrug.lab.progress import Progress, spoken
-from tinydrug.noise import Schedule, load_schedule
+from tinydrug.noise import Effect, Schedule, load_schedule
 from tinydrug.noise.checks import find
 from tinydrug.noise.dose import parse_theta
 from tinydrug.noise.sites import find_site
+
+MOST_SEED = 2**63 - 1
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +57,13 @@ def bar(console: Console, what: str) -> Iterator[Progress]:
     console.clear()
 
 
+def status(complete: bool, console: Console) -> int:
+    """The exit status of an experiment, and a word if Ctrl-C has ended it early."""
+    if not complete:
+        console.warn("ended by Ctrl-C: the results are of what was done until then")
+    return 0 if complete else 130
+
+
 def prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `prompt` reads."""
     add = parser.add_argument
@@ -64,7 +73,9 @@ def prompt_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prompt(args: argparse.Namespace) -> str:
-    """The text of -p, -f or standard input. PromptError if there is none."""
+    """The text of -p, -f or standard input. PromptError if there is none, ConfigError for two."""
+    if args.prompt is not None and args.file is not None:
+        raise ConfigError("give --prompt or --file, not both", "prompt")
     if args.prompt is None and args.file is None and sys.stdin.isatty():
         raise PromptError("there is no text: give it with -p or -f")
     text = read_prompt(args)
@@ -86,17 +97,32 @@ def thetas(text: str) -> tuple[float, ...]:
     return found
 
 
+def theta(text: str) -> float | Effect:
+    """`0.1`, `3deg` or `kl=0.05` -> radians, or the effect."""
+    try:
+        return parse_theta(text)
+    except DrugError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def words(registry: Mapping) -> Callable[[str], tuple[str, ...]]:
     """A converter of `uniform,gauss` to names of this registry."""
     return lambda text: _several(text, lambda word: find(registry, word, "such name"))
 
 
-def wholes(text: str) -> tuple[int, ...]:
+def seed(text: str) -> int:
+    """A seed from which on others are counted: so many that none is beyond 64 bits."""
+    if (number := whole(0)(text)) > MOST_SEED:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at most {MOST_SEED}")
+    return number
+
+
+def seeds(text: str) -> tuple[int, ...]:
     """`1,2,3` or `1-3` -> whole numbers."""
     first, dash, last = text.partition("-")
     if dash and first.isdigit() and last.isdigit() and int(first) <= int(last) < int(first) + 10_000:
-        return tuple(range(int(first), int(last) + 1))
-    return _several(text, whole(0))
+        return tuple(range(seed(first), seed(last) + 1))
+    return _several(text, seed)
 
 
 def _several(text: str, read: Callable) -> tuple:

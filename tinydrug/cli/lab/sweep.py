@@ -7,6 +7,7 @@ import os
 from tinydrug.cli.console import Console
 from tinydrug.cli.lab.model import bar, model, model_arguments
 from tinydrug.cli.options import whole
+from tinydrug.errors import ConfigError
 from tinydrug.lab.page import need
 from tinydrug.lab.plan import Plan, load_plan
 
@@ -41,7 +42,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def run_plan(plan: Plan, args: argparse.Namespace, console: Console):
     """What is missing of a plan, done -> its tables. Also for experiments that begin with a sweep."""
-    need("sacrebleu")  # before the hours, not after them
+    need("sacrebleu", "scipy")  # before the hours, not after them
+    if args.dask and args.workers is not None:
+        raise ConfigError("--workers: the cluster of --dask has its own: drop one", "workers")
     args.model = args.model or plan.model
     from tinydrug.lab.effect import kl
     from tinydrug.lab.results import record
@@ -51,6 +54,11 @@ def run_plan(plan: Plan, args: argparse.Namespace, console: Console):
 
     with model(args, console) as engine:
         for prompt in plan.prompts:
+            if prompt.chat and engine.tokenizer.chat_template is None:
+                raise ConfigError(
+                    f"{engine.name} has no chat template: give its plan [[prompt]] tables with chat = false",
+                    "prompts",
+                )
             engine.session().check(engine.encode(prompt.content))
         about = record(engine, "sweep")
         with bar(console, "measuring doses") as progress:

@@ -14,7 +14,7 @@ from tinydrug.cli.lab.model import (
     paint,
     prompt,
     prompt_arguments,
-    wholes,
+    seeds,
 )  # fmt: skip
 from tinydrug.cli.options import whole
 from tinydrug.lab.results import write_csv, write_json
@@ -31,9 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     prompt_arguments(parser)
     drug_arguments(parser)
     add("-k", "--top", type=whole(1), default=10, metavar="N", help="how many tokens (default: 10)")
-    add(
-        "--seeds", type=wholes, default=tuple(range(1, 9)), metavar="LIST", help="of the noise (default: 1-8)"
-    )
+    add("--seeds", type=seeds, default=tuple(range(1, 9)), metavar="LIST", help="of the noise (default: 1-8)")
     add("--csv", metavar="FILE", help="write the table there, too")
     add("--json", metavar="FILE", help="write the table and the record of the run there, too")
     model_arguments(parser)

@@ -9,7 +9,7 @@ from tinydrug.cli.lab.sweep import run_plan, sweep_arguments
 from tinydrug.cli.options import real
 from tinydrug.errors import ConfigError
 from tinydrug.lab.page import need
-from tinydrug.lab.plan import load_plan
+from tinydrug.lab.plan import SOBER, load_plan
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     plan = load_plan(args.plan)
     if bad := [x for x in args.perplexity if not 1 < x < math.inf]:
         raise ConfigError(f"--perplexity: {bad[0]} is not above 1", "perplexity")
-    if args.against not in (families := dict.fromkeys(each.family for each in plan.conditions)):
+    families = dict.fromkeys(each.family for each in plan.conditions if each.family != SOBER)
+    if args.against not in families:
         raise ConfigError(f"--against: the plan has no family {args.against!r}, only {', '.join(families)}")
     need("matplotlib")
     tables = run_plan(plan, args, console)

@@ -13,11 +13,13 @@ from tinydrug.cli.lab.model import (
     model_arguments,
     prompt,
     prompt_arguments,
+    seeds,
     sites,
+    status,
     thetas,
-    wholes,
 )
 from tinydrug.cli.options import whole
+from tinydrug.errors import ConfigError
 from tinydrug.lab.page import need
 from tinydrug.lab.results import folder, write_csv, write_json, write_npz, write_text
 from tinydrug.lab.vergence import DOSES, Plan, vergence
@@ -34,20 +36,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--doses", type=thetas, default=DOSES, metavar="LIST",
         help="thetas by commas, in radians or as 3deg; 0 comes with them (default: "
         f"{','.join(f'{theta:g}' for theta in DOSES)})")  # fmt: skip
-    add("--width", type=whole(1), default=3, metavar="N", help="layers of an injection window (default: 3)")
+    add("--width", type=whole(1), metavar="N", help=f"layers of an injection window (default: {Plan.width})")
     add("--stack", action="store_true", help="windows from layer 0 to each layer, in place of --width layers")
     add("--law", choices=tuple(LAWS), default="uniform", metavar="LAW",
         help=f"of the direction: {', '.join(LAWS)} (default: uniform)")  # fmt: skip
     add("--noise", choices=("all", "last"), default="all", metavar="WHERE",
         help="positions read under noise: all, or only the last (default: all)")  # fmt: skip
-    add("--seeds", type=wholes, default=(1, 2, 3), metavar="LIST", help="of the noise (default: 1,2,3)")
+    add("--seeds", type=seeds, default=(1, 2, 3), metavar="LIST", help="of the noise (default: 1,2,3)")
     add("--data-only", action="store_true", help="no pictures, no page: needs neither matplotlib nor plotly")
     add("-o", "--output", default="vergence", metavar="FOLDER", help="where to (default: vergence)")
     model_arguments(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    plan = Plan(args.sites, args.doses, args.width, args.stack, args.law, args.noise, seeds=args.seeds)
+    if args.stack and args.width is not None:
+        raise ConfigError("--width: the windows of --stack grow from layer to layer: drop one", "width")
+    width = Plan.width if args.width is None else args.width
+    plan = Plan(args.sites, args.doses, width, args.stack, args.law, args.noise, seeds=args.seeds)
     text, out = prompt(args), folder(args.output)
     if not args.data_only:
         need("matplotlib", "plotly")
@@ -62,4 +67,4 @@ def run(args: argparse.Namespace, console: Console) -> int:
         write_text(out / "vergence.html", vergence_page(found))
         names += ["vergence.html", *(path.name for path in save_plots(found, out))]
     console.say(f"{out}: {', '.join(names)}; {time.monotonic() - start:.0f} s")
-    return 0 if found.complete else 130
+    return status(found.complete, console)

@@ -28,6 +28,7 @@ function draw() {
   DATA.tokens.forEach((t, i) => {
     const share = Math.round(100 * Math.min(1, t[kind] / full));
     spans[i].style.background = `color-mix(in srgb, ${color("two")} ${share}%, transparent)`;
+    spans[i].style.color = share > 50 ? "black" : ""; // what stands out from it on a light and on a dark page
   });
 }
 function scale() {

@@ -9,6 +9,7 @@ $("about").textContent = D.about;
 $("record").textContent = JSON.stringify(D.record, null, 1);
 const text = color => ({color: color("ink"), family: "system-ui, sans-serif"});
 const wide = () => innerWidth > 600; // else there is no room for a scale of colours
+const eye = far => ({x: -1.45 * far, y: -1.6 * far, z: far}); // so far that the names of the axes are in view
 const CONFIG = {responsive: true, displaylogo: false};
 const quiet = () => ({modebar: {bgcolor: "rgba(0,0,0,0)", color: color("soft"), activecolor: color("one")}});
 function axis(title, more) {
@@ -31,14 +32,14 @@ function drawSurface() {
     line: {color: color("two"), width: 16}, hoverinfo: "skip", showlegend: false};
   Plotly.react("surface", [surface, band, line], {paper_bgcolor: "rgba(0,0,0,0)", font: text(color), ...quiet(),
     margin: {l: 10, r: 0, t: 30, b: 0}, uirevision: "stay", scene: {uirevision: "stay",
-      camera: {eye: {x: -1.45, y: -1.6, z: 1}, center: {x: 0, y: 0, z: -.15}}, aspectratio: {x: 1.4, y: 1, z: .8},
+      camera: {eye: eye(wide() ? 1.15 : 1.45), center: {x: -.1, y: 0, z: -.1}}, aspectratio: {x: 1.4, y: 1, z: .8},
       xaxis: axis("layer"), yaxis: axis("dose θ, radians"),
       zaxis: axis(title, {range: [ends[0] - (ends[1] - ends[0]) / 20, ends[1]]})}}, CONFIG);
 }
 function drawEnds() {
   const [s, w, d] = at(), logs = $("log").checked;
   const z = D.doses.map((_, j) => D.windows.map((_, i) => D.divergence[s][i][j].at(-1)));
-  const least = Math.min(...z.flat().filter(v => v > 0));
+  const least = Math.min(1, ...z.flat().filter(v => v > 0));
   const height = v => v === null ? null : logs ? Math.log10(Math.max(v, least)) : v;
   Plotly.react("ends", [{type: "heatmap", x: D.windows.map((_, i) => windowName(i)), y: D.doses.map(String),
       z: z.map(row => row.map(height)), text: z, colorscale: "Cividis",
@@ -84,7 +85,7 @@ function draw() {
   drawSurface(); drawEnds(); drawTokens();
 }
 function go() {
-  const [site, w, d] = decodeURIComponent(location.hash.slice(1)).split(",");
+  const [site, w, d] = location.hash.slice(1).split(","); // letters and digits alone
   $("site").value = Math.max(0, D.sites.indexOf(site));
   $("depth").value = Number(w) || 0;
   $("dose").value = d === undefined ? D.show : Number(d) || 0;
