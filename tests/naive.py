@@ -204,10 +204,14 @@ FORMS = {"rotation": rotate, "L2": add, "NL": nlerp}  # by the name a dose has f
 # --- block quantisation, by ggml's rules; float32 where ggml's result depends on it
 
 
+LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])  # of iq4_nl
+
+
 def quantise(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """x (..., K), K a multiple of 32 -> codes (..., K/32, 32) int, scales and minima (..., K/32) float16.
 
-    A code c stands for c * scale + minimum: signed for q8_0, 0 to 15 for q4_0 (minimum -8 scale) and q4_1.
+    A code c stands for c * scale + minimum: signed for q8_0, one of LEVELS for iq4_nl, 0 to 15 for q4_0
+    (minimum -8 scale) and q4_1.
     """
     blocks = np.asarray(x, np.float32).reshape(*x.shape[:-1], -1, 32)
     low = np.zeros(blocks.shape[:-1], np.float32)
@@ -219,8 +223,12 @@ def quantise(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarr
             d.astype(np.float16),
             low.astype("f2"),
         )
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
+    if kind == "iq4_nl":
+        d = np.float16([_search(*pair) for pair in zip(blocks.reshape(-1, 32), extreme.flat, strict=True)])
+        d = d.reshape(extreme.shape)
+        return _levels(blocks * _inverse(d.astype("f4"))[..., None]), d, low.astype("f2")
     if kind == "q4_0":  # the entry of largest magnitude becomes code 0, which stands for -8 scales
-        extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
         d, shift = extreme / np.float32(-8), np.float32(8.5)
         half = d.astype(np.float16)
         return _nibbles(blocks * _inverse(d)[..., None] + shift), half, (-8 * half.astype("f4")).astype("f2")
@@ -232,6 +240,19 @@ def quantise(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarr
         d.astype("f2"),
         low.astype("f2"),
     )
+
+
+def _search(block: np.ndarray, extreme: float) -> float:
+    """The scale of least squares, for levels where the extreme is the first or the last; then once more."""
+    block, found = block.astype(np.float64), [(np.square(block.astype(np.float64)).sum(), 0.0)]
+    for end in (-127, 113, None) if extreme else ():
+        q = _levels(block * end / extreme if end else block / min(found)[1])
+        found.append((np.square(block - (q @ block / (q @ q)) * q).sum(), q @ block / (q @ q)))
+    return min(found)[1]
+
+
+def _levels(x: np.ndarray) -> np.ndarray:
+    return LEVELS[np.abs(x[..., None] - LEVELS).argmin(-1)]
 
 
 def dequantise(codes: np.ndarray, scales: np.ndarray, minima: np.ndarray) -> np.ndarray:

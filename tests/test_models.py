@@ -222,11 +222,11 @@ def divergence(found: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
 
 
 def rounded(name: str, w: np.ndarray, config: dict, quant: str) -> np.ndarray:
-    """A tensor after --quant, by ggml's rules, in blocks of 32 columns; a head begins a block of its own."""
+    """A tensor after --quant, in blocks of 32 columns; a head begins a block of its own."""
     if w.ndim == 1 or "wpe" in name:
         return w
     conv1d = config["model_type"] == "gpt2" and name.split(".")[-2] != "wte"
-    kind = {"q8": "q8_0", "q4": "q4_0"}[quant] if "embed" not in name and "lm_head" not in name else "q8_0"
+    kind = {"q8": "q8_0", "q4": "iq4_nl"}[quant] if "embed" not in name and "lm_head" not in name else "q8_0"
     kind = "q8_0" if "wte" in name else kind
     rows = w.T if conv1d else w
     heads = config.get("num_attention_heads") or config["n_head"]

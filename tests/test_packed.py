@@ -173,12 +173,15 @@ def test_every_format(name, tmp_path):
         np.testing.assert_array_equal(after.areas[area], before.areas[area])
 
 
-PINNED = {  # format: what a tensor of it becomes; if one changes, raise the number in packed.LAYOUT
+PINNED = {  # format, --quant: what a tensor becomes; if one changes, raise the number in packed.LAYOUT
+    "f32 q8": "60a897653fbafdb8",
+    "f32 q4": "2a526cb2d9a708f1",
     "f32": "ae8ff05ec5bb1f21",
     "f16": "4939102067f1a4df",
     "bf16": "4d5010f46253b2f6",
     "q8_0": "27b1e1f162d3bb20",
     "q4_0": "333e946363b238fe",
+    "iq4_nl": "c56333b0aec8342f",
     "q5_0": "8ecd00b658ca5c6b",
     "q4_1": "a71943ce6bdc252a",
     "q5_1": "16a52337cbd70123",
@@ -190,9 +193,11 @@ PINNED = {  # format: what a tensor of it becomes; if one changes, raise the num
 
 @pytest.mark.parametrize("name", PINNED)
 def test_a_format_that_packs_otherwise_needs_another_layout(name):
-    found = Weights({"w": Need("w", (ROWS, COLUMNS))}, {"w": stored(name)}, "none", 1)
-    assert (found["w"].format, found.fingerprint()[:16]) == (name, PINNED[name])
-    assert packed.LAYOUT == "panels 16 x 32, 1"
+    kind, _, quant = name.partition(" ")
+    found = Weights({"w": Need("w", (ROWS, COLUMNS))}, {"w": stored(kind)}, quant or "none", 1)
+    assert found.fingerprint()[:16] == PINNED[name]
+    assert quant or found["w"].format == kind
+    assert packed.LAYOUT == "panels 16 x 32, 2"
 
 
 def test_what_a_checkpoint_says_of_itself(pack, source):
@@ -201,8 +206,8 @@ def test_what_a_checkpoint_says_of_itself(pack, source):
     assert (now.config, now.generation_config, now.metadata) == (was.config, was.generation_config, None)
     assert (now.n_parameters, now.folder, now.path) == (was.n_parameters, folder, folder)
     assert now.nbytes == model.weights.nbytes == sum(now.bytes_by_kind.values())
-    assert list(now.bytes_by_kind) == ["q4_0", "f32", "q8_0"] or set(now.bytes_by_kind) == {
-        "q4_0",
+    assert list(now.bytes_by_kind) == ["iq4_nl", "f32", "q8_0"] or set(now.bytes_by_kind) == {
+        "iq4_nl",
         "q8_0",
         "f32",
     }
@@ -390,7 +395,7 @@ UNSOUND = {  # a change of a sound file, signed anew -> what is said of it
     "another program's": (put(0, "format", value="pt"), "not packed weights: run `tinydrug quantize` again"),
     "another layout": (
         put(0, "layout", value="panels 16 x 32, 0"),
-        "the layout 'panels 16 x 32, 0', this version has 'panels 16 x 32, 1': run `tinydrug quantize` again",
+        "the layout 'panels 16 x 32, 0', this version has 'panels 16 x 32, 2': run `tinydrug quantize` again",
     ),
     "no layout": (put(0, "layout", value=None), "packed in the layout None, this version has"),
     "no quantisation": (put(0, "quant", value=None), "not as it was written"),

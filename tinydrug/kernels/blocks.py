@@ -3,7 +3,8 @@
 A weight is scale * (integer - offset), or scale * integer + minimum. Every bit of a file is kept: integers go
 to their planes (planes.py), scales and minima lie beside them, one a row of the panel:
 
-    q8_0, q4_0, q5_0   [block][16] f16
+    q8_0, q4_0, q5_0,  [block][16] f16
+    iq4_nl
     q4_1, q5_1         [block][2][16] f16: scales, minima
     q4_k, q5_k         [8 blocks: [8][16] u8, [8][16] u8, [16] f16, [16] f16]: 6-bit scales and minima, what
                        to multiply each with (minima are subtracted)
@@ -178,6 +179,7 @@ def copy_scales_q6_k(row, b, r, scales):
 BLOCKS = {
     "q8_0": Blocks(PLANES[8], 128, 32, scale_1, None, None, integer_q8_0, _copy_halves(34, 1)),
     "q4_0": Blocks(PLANES[4], 8, 32, scale_1, None, None, _nibble(18, 2), _copy_halves(18, 1)),
+    "iq4_nl": Blocks(PLANES["levels"], 128, 32, scale_1, None, None, _nibble(18, 2), _copy_halves(18, 1)),
     "q5_0": Blocks(PLANES[5], 16, 32, scale_1, None, None, _nibble_and_bit(22, 2), _copy_halves(22, 1)),
     "q4_1": Blocks(PLANES[4], 0, 64, scale_2, minimum_2, None, _nibble(20, 4), _copy_halves(20, 2)),
     "q5_1": Blocks(PLANES[5], 0, 64, scale_2, minimum_2, None, _nibble_and_bit(24, 4), _copy_halves(24, 2)),

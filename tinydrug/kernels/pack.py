@@ -13,10 +13,12 @@ from numba import types
 from tinydrug.kernels.blocks import BLOCKS
 from tinydrug.kernels.jit import Kernel, inline, kernel
 from tinydrug.kernels.linear import LINEAR
+from tinydrug.kernels.planes import LEVELS
 from tinydrug.kernels.structs import Struct
 from tinydrug.kernels.tables import GATHER
 from tinydrug.kernels.vectors import (
     floats,
+    fma,
     get_byte,
     get_lane,
     highest_magnitude,
@@ -29,8 +31,8 @@ from tinydrug.kernels.vectors import (
     load_i32,
     max_lanes,
     maximum,
-    minimum,
     round_even,
+    select,
     shift_left,
     store,
     store_bf16,
@@ -38,10 +40,12 @@ from tinydrug.kernels.vectors import (
     store_f32,
     store_i32,
     store_low_bytes,
+    sum_lanes,
     to_ints,
 )
 
 f4, i4, i8 = np.float32, np.int32, np.int64
+EDGES = tuple(f4((low + high) / 2) for low, high in zip(LEVELS[:-1], LEVELS[1:], strict=True))
 
 SOURCE = Struct(
     "Source",
@@ -101,19 +105,48 @@ def write_q8_0(row, r, k, data, scales, scratch):
             store_i32(data + 512 * b + 64 * c + 4 * r, load_i32(scratch + 4 * c))
 
 
+def _nearest(entries):
+    """16 floats in units of a scale -> of these entries, those of the nearest levels."""
+    entries = tuple(map(f4, entries))
+
+    @inline
+    def nearest(x):
+        y = floats(entries[0])
+        for i in range(15):
+            y = select(x > EDGES[i], floats(entries[i + 1]), y)
+        return y
+
+    return nearest
+
+
+nearest_levels, nearest_numbers = _nearest(LEVELS), _nearest(range(16))
+
+
 @inline
-def write_q4_0(row, r, k, data, scales, scratch):
-    """The value of largest magnitude / -8, as ggml's q4_0."""
+def write_iq4_nl(row, r, k, data, scales, scratch):
+    """The value of largest magnitude becomes the least level, or the largest: whichever leads to levels q of
+    the values v with smaller squares of errors, the scale being qv / qq; and then the levels nearest by that
+    scale are tried, too."""
     for b in range(k // 32):
         u, v = load(row + 128 * b), load(row + 128 * b + 64)
         high = max_lanes(maximum(u, v))
         low = -max_lanes(maximum(u * f4(-1.0), v * f4(-1.0)))
-        scale = (high if high > -low else low) / f4(-8.0)
+        top = high if high > -low else low
+        scale, best = top * f4(0.0), f4(0.0)  # NaN unless finite
+        for end in (f4(LEVELS[0]), f4(LEVELS[15]), f4(0.0)):
+            inverse = f4(0.0)
+            if top != f4(0.0):
+                inverse = end / top if end != f4(0.0) else f4(1.0) / scale
+            p, q = nearest_levels(u * inverse), nearest_levels(v * inverse)
+            along, square = sum_lanes(fma(p, u, q * v)), sum_lanes(fma(p, p, q * q))
+            if along * along > best * square:
+                scale, best = along / square, along * along / square
+        at = scales + 32 * b + 2 * r
+        store_f16(at, scale)
+        scale = load_f16(at)
         inverse = f4(1.0) / scale if scale != f4(0.0) else f4(0.0)
-        store_f16(scales + 32 * b + 2 * r, scale)
-        qu = to_ints(minimum(u * inverse + f4(8.5), floats(f4(15.0))))
-        qv = to_ints(minimum(v * inverse + f4(8.5), floats(f4(15.0))))
-        store_low_bytes(scratch, qu | shift_left(qv, i4(4)))
+        first, second = nearest_numbers(u * inverse), nearest_numbers(v * inverse)
+        store_low_bytes(scratch, to_ints(first) | shift_left(to_ints(second), i4(4)))
         for c in range(4):
             store_i32(data + 256 * b + 64 * c + 4 * r, load_i32(scratch + 4 * c))
 
@@ -238,7 +271,7 @@ _WRITE = {
     "f16": _write_floats(store_f16, 2),
     "bf16": _write_floats(store_bf16, 2),
     "q8_0": write_q8_0,
-    "q4_0": write_q4_0,
+    "iq4_nl": write_iq4_nl,
 }
 FORMATS = {
     name: Format(512 * element, 0, LINEAR[name], _gather(name, load_one, element), False)

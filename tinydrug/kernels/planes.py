@@ -7,6 +7,7 @@
     4 bits   [4][16][4]: quad c in the low nibbles, quad c + 4 in the high ones
     5 bits   4 bits, then [16][4]: the fifth bit of quad c is bit c
     6 bits   4 bits, then [2][16][4]: the upper two bits of quad c, and of c + 4, are bits 2c and 2c + 1
+    levels   4 bits, the number of one of 16 levels; bytes are that level + 128
 """
 
 from typing import NamedTuple
@@ -14,9 +15,20 @@ from typing import NamedTuple
 import numpy as np
 
 from tinydrug.kernels.jit import inline
-from tinydrug.kernels.vectors import bits_to, either, high_nibbles, load_bytes, load_u8, low_nibbles, store_u8
+from tinydrug.kernels.vectors import (
+    bits_to,
+    either,
+    high_nibbles,
+    load_bytes,
+    load_u8,
+    lookup,
+    low_nibbles,
+    store_u8,
+)
 
 i4, i8 = np.int32, np.int64
+LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of ggml's iq4_nl
+level = lookup([q + 128 for q in LEVELS])
 
 
 class Planes(NamedTuple):
@@ -93,9 +105,20 @@ def place8(w, r, column, q):
     store_u8(w + 64 * (column // 4) + 4 * r + column % 4, q)
 
 
+@inline
+def low_levels(w, c):
+    return level(low4(w, c))
+
+
+@inline
+def high_levels(w, c):
+    return level(high4(w, c))
+
+
 PLANES = {
     4: Planes(256, low4, high4, place4),
     5: Planes(320, low5, high5, place5),
     6: Planes(384, low6, high6, place6),
     8: Planes(512, low8, high8, place8),
+    "levels": Planes(256, low_levels, high_levels, place4),
 }

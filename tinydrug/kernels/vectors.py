@@ -421,6 +421,46 @@ def high_nibbles(b, x):
     return b.and_(b.bitcast(b.lshr(b.bitcast(x, _llvm(I)), _const(I, 4)), _llvm(B)), _const(B, 15))
 
 
+def _lookup_avx512(b, x, table):
+    return _call(b, "llvm.x86.avx512.pshuf.b.512", x.type, [ir.Constant(x.type, 4 * table), x])
+
+
+def _lookup_avx2(b, x, table):
+    half, parts = ir.VectorType(i8, 2 * LANES), []
+    for o in (0, 2 * LANES):
+        pick = ir.Constant(ir.VectorType(i32, 2 * LANES), list(range(o, o + 2 * LANES)))
+        part = b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), pick)
+        parts.append(_call(b, "llvm.x86.avx2.pshuf.b", half, [ir.Constant(half, 2 * table), part]))
+    return b.shuffle_vector(*parts, ir.Constant(ir.VectorType(i32, 4 * LANES), list(range(4 * LANES))))
+
+
+def _lookup_portable(b, x, table):
+    """Every bit of a number halves what is left of the table."""
+    left = [_const(B, entry) for entry in table]
+    for bit in range(4):
+        odd = b.icmp_unsigned("!=", b.and_(x, _const(B, 1 << bit)), _const(B, 0))
+        left = [b.select(odd, *pair) for pair in zip(left[1::2], left[::2], strict=True)]
+    return left[0]
+
+
+_LOOKUP = {
+    "amx": _lookup_avx512,
+    "avx512vnni": _lookup_avx512,
+    "avx2": _lookup_avx2,
+    "portable": _lookup_portable,
+}[ISA]
+
+
+def lookup(table):
+    """The op that replaces every byte, 0 to 15, by its entry in this table of 16 bytes."""
+
+    @op(B(B))
+    def entry(b, x):
+        return _LOOKUP(b, x, list(table))
+
+    return entry
+
+
 def _reduce(b, x, combine):
     """A fixed tree (8+8, 4+4, 2+2, 1+1): one order of summation on every machine."""
     n = x.type.count
