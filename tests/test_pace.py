@@ -1,6 +1,6 @@
 """The choice of threads by the clock, on machines made of numbers."""
 
-from tinydrug.engine.pace import RETRY, Pace
+from tinydrug.engine.pace import LONGEST, Pace
 
 
 def run(pace: Pace, steps: int, seconds) -> list[int]:
@@ -31,8 +31,13 @@ def test_a_busy_machine_uses_one_and_comes_back():
     run(pace, 50, {2: 1.0, 1: 1.9}.get)
     busy = run(pace, 400, {2: 6.0, 1: 2.0}.get)
     assert busy.count(1) > 360
-    after = run(pace, 2 * RETRY, {2: 1.0, 1: 1.9}.get)
+    after = run(pace, 2 * LONGEST, {2: 1.0, 1: 1.9}.get)
     assert after[-20:] == [2] * 20
+
+
+def test_hiccups_are_no_disturbance():
+    pace, steps = Pace(2), iter(range(10_000))
+    assert set(run(pace, 2000, lambda threads: 50.0 if next(steps) % 40 == 0 else 1.0)) == {2}
 
 
 def test_disturbed_but_still_faster_together():

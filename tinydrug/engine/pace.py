@@ -6,9 +6,11 @@ that lost it, and two threads can be slower than one. The number changes no bit,
 
 import math
 
-TRIAL = 3  # steps that judge the other number
+TRIAL = 6  # steps that judge the other number
 SLOWER = 1.6  # times the best known: what counts as a disturbance
-RETRY = 48  # steps on one thread before all are tried again
+CLIPPED = 4.0  # times the best known: what one step can count at most, since a hiccup is no disturbance
+WEIGHT = 0.1  # of the last step in the running mean
+RETRY, LONGEST = 24, 192  # steps between trials: twice as many after each that changed nothing
 FORGET = 1.002  # growth of the best known time a step: contexts grow, and so do honest times
 
 
@@ -18,9 +20,11 @@ class Pace:
     def __init__(self, threads: int):
         self.threads = self.using = threads
         self._best = math.inf  # seconds of an undisturbed step on all threads
-        self._recent = {threads: math.inf, 1: math.inf}  # seconds of the last trial or of the running mean
+        self._mean = math.inf  # seconds of recent steps,
+        self._clipped = math.inf  # and with none that counts for more than CLIPPED
         self._trial: list[float] | None = None  # of the other number, while it is being tried
         self._steps = 0  # since the last trial
+        self._patience = RETRY
 
     def choose(self) -> int:
         """Threads for the next step."""
@@ -34,28 +38,35 @@ class Pace:
         """The step that `choose` was asked for took so long."""
         if self._trial is not None:
             self._trial.append(seconds)
-            if len(self._trial) == TRIAL:
-                self._judge(min(self._trial))
+            if len(self._trial) == TRIAL or sum(self._trial) > TRIAL * self._mean:
+                self._judge()
             return
         self._steps += 1
-        mean = self._recent[self.using]
-        self._recent[self.using] = seconds if math.isinf(mean) else 0.75 * mean + 0.25 * seconds
+        self._mean = _towards(self._mean, seconds)
         if self.using == self.threads:
             self._best = min(self._best * FORGET, seconds)
+            most = CLIPPED * self._best
+            self._clipped = _towards(min(self._clipped, most), min(seconds, most))
 
     @property
     def _other(self) -> int:
         return 1 if self.using == self.threads else self.threads
 
     def _is_due(self) -> bool:
-        if self.using == 1:
-            return self._steps >= RETRY
-        return self._steps >= TRIAL and self._recent[self.using] > SLOWER * self._best
+        disturbed = self.using == 1 or self._clipped > SLOWER * self._best
+        return disturbed and self._steps >= self._patience
 
-    def _judge(self, seconds: float) -> None:
-        self._recent[self._other] = seconds
-        if self._other == self.threads:
-            self._best = min(self._best, seconds)
-        if seconds < self._recent[self.using]:
+    def _judge(self) -> None:
+        if sum(self._trial) > TRIAL * self._mean:
+            self._patience = min(2 * self._patience, LONGEST)
+        else:
+            self._mean, self._patience = sum(self._trial) / TRIAL, RETRY
+            if self._other == self.threads:
+                self._best, self._clipped = min(self._best, *self._trial), self._mean
             self.using = self._other
         self._trial, self._steps = None, 0
+
+
+def _towards(mean: float, seconds: float) -> float:
+    """The running mean after another step."""
+    return seconds if math.isinf(mean) else mean + WEIGHT * (seconds - mean)
