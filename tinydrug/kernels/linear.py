@@ -48,7 +48,8 @@ from tinydrug.kernels.vectors import (
 
 i4, i8 = np.int32, np.int64
 UNPACKED = 1 << 20  # bytes of panels that are unpacked together
-PRODUCTS = 4096  # bytes for integer products, two blocks at a time
+PRODUCTS = 8192  # bytes for integer products, of four blocks
+LEAD = 2  # blocks that are multiplied ahead of their scaling: as long as tiles take
 AHEAD = 4096  # bytes of weights to ask for before they are needed: hardware alone leaves a third of DRAM idle
 
 
@@ -215,11 +216,13 @@ def _block_linear(name, blocks):
         """16 tokens; the integers of a block are multiplied while those of the one before are scaled."""
         blocks, acc, s = w.k // 32, tile16(), w.scales + p * (w.k // 32) * scale_bytes
         x_scales, moments = x + 16 * scales_of(i8(0), w.k), x + 16 * moments_of(i8(0), w.k)
-        multiply(x, panel, products)
-        for b in range(1, blocks):
-            multiply(x + 512 * b, panel + 512 * b, products + 2048 * (b & 1))
-            acc = add_products(acc, products + 2048 * (b - 1 & 1), s, b - 1, x_scales, moments)
-        acc = add_products(acc, products + 2048 * (blocks - 1 & 1), s, blocks - 1, x_scales, moments)
+        for b in range(min(LEAD, blocks)):
+            multiply(x + 512 * b, panel + 512 * b, products + 2048 * (b & 3))
+        for b in range(LEAD, blocks):
+            multiply(x + 512 * b, panel + 512 * b, products + 2048 * (b & 3))
+            acc = add_products(acc, products + 2048 * (b - LEAD & 3), s, b - LEAD, x_scales, moments)
+        for b in range(max(blocks - LEAD, 0), blocks):
+            acc = add_products(acc, products + 2048 * (b & 3), s, b, x_scales, moments)
         finish(acc, w.bias + 64 * p if w.bias != 0 else i8(0), onto, y, y_stride)
 
     @inline
