@@ -226,6 +226,9 @@ class Runtime:
             t, out = t + n, out + part.outputs
         call = self._call
         call["n_tokens"], call["n_outputs"], call["n_spans"] = t, n_outputs, len(parts)
+        # What sober tokens leave behind, if no logits are asked for, is in the cache before the end.
+        cached_only = n_outputs == 0 and not any(part.drugged for part in parts)
+        call["n_ops"] = self._program.cached if cached_only else len(self._ops)
         if t > 1:  # arithmetic-bound: all threads, always
             self._team.run(self.threads)
         else:
@@ -294,7 +297,7 @@ class Runtime:
             return row.ctypes.data
 
         self._ops = program.table(operand, self.weights.table)
-        self._call["ops"], self._call["n_ops"] = self._ops.ctypes.data, len(self._ops)
+        self._call["ops"] = self._ops.ctypes.data
         logits = self._areas[place[self._outputs.slot]][:count].view(np.float32)
         self._logits = logits[:, : self.config.vocab_size]
         self._hidden = [self._areas[place[v.slot]].view(np.float32) for v in program.hidden or ()]

@@ -324,6 +324,11 @@ class Program:
             flags.append(meet)
         return flags
 
+    @cached_property
+    def cached(self) -> int:
+        """How many steps it takes until all that is kept of a token is in the cache."""
+        return 1 + max(i for i, step in enumerate(self.steps) if (CACHE, False) in step.writes)
+
     def kernels(self) -> list[Kernel]:
         """Every kernel the program calls, once."""
         return list(dict.fromkeys(step.kernel for step in self.steps))
