@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from engines import runtime
 from hypothesis import settings
 
 settings.register_profile("same every time", derandomize=True, deadline=None)
@@ -25,6 +26,22 @@ def tiny_model(tmp_path_factory):
         return built[name]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def runtimes(tiny_model):
+    """runtimes(name, **options) -> engines.runtime of a tiny checkpoint, built once for these options."""
+    built = {}
+
+    def make(name: str, **options):
+        key = (name, *sorted(options.items(), key=str))
+        if key not in built:
+            built[key] = runtime(tiny_model(name), **options)
+        return built[key]
+
+    yield make
+    for each in built.values():
+        each.close()
 
 
 @pytest.fixture(scope="session")

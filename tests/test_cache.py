@@ -19,18 +19,13 @@ def long_ids(n: int, name: str = "cache") -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model):
-    built = {}
+def run(runtimes):
+    """run(name, **options) -> a runtime, built once."""
 
     def make(name="mistral-window", **options):
-        key = (name, *sorted(options.items()))
-        if key not in built:
-            built[key] = runtime(tiny_model(name), **options)
-        return built[key]
+        return runtimes(name, **options)
 
-    yield make
-    for each in built.values():
-        each.close()
+    return make
 
 
 # --- slots

@@ -31,19 +31,13 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model):
+def run(runtimes):
     """run(name, **options) -> a runtime with an f32 cache, built once; it has no tokenizer."""
-    built = {}
 
     def make(name="llama-gqa", **options):
-        key = (name, *sorted(options.items()))
-        if key not in built:
-            built[key] = runtime(tiny_model(name), **options)
-        return built[key]
+        return runtimes(name, **options)
 
-    yield make
-    for each in built.values():
-        each.close()
+    return make
 
 
 @pytest.fixture(scope="module")

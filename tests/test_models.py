@@ -23,21 +23,14 @@ ARCHITECTURES = ["llama-gqa", "llama-head12", "llama-bias", "mistral-window", "g
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model):
+def run(runtimes):
     """run(name, **options) -> a runtime, built once for these options; room for 128 positions at least."""
-    built = {}
 
     def make(name, **options):
-        key = (name, *sorted(options.items()))
-        if key not in built:
-            if "n_ctx" not in options and not name.startswith("gpt2"):
-                options["n_ctx"] = 128
-            built[key] = runtime(tiny_model(name), **options)
-        return built[key]
+        room = {} if name.startswith("gpt2") else {"n_ctx": 128}
+        return runtimes(name, **(room | options))
 
-    yield make
-    for each in built.values():
-        each.close()
+    return make
 
 
 def expected(golden, name) -> tuple[np.ndarray, np.ndarray]:

@@ -42,19 +42,13 @@ ALL = "H:0.3,Q:0.5,pK:0.4,K:0.6,V:0.5,A:0.7,M:0.3"
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model):
+def run(runtimes):
     """run(name, threads) -> a runtime with an f32 cache, built once."""
-    built = {}
 
     def make(name, threads=2, **options):
-        key = (name, threads, *options.items())
-        if key not in built:
-            built[key] = runtime(tiny_model(name), threads=threads, **options)
-        return built[key]
+        return runtimes(name, threads=threads, **options)
 
-    yield make
-    for each in built.values():
-        each.close()
+    return make
 
 
 def ids_of(name: str, n: int) -> list[int]:

@@ -30,20 +30,13 @@ def ids(n: int, name: str = "snapshot") -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model):
+def run(runtimes):
     """run(name, **options) -> a runtime, built once for these options; chunks of 16 tokens."""
-    built = {}
 
     def make(name="llama-gqa", **options):
-        options = {"n_ctx": 64 if name == "gpt2" else 256, "chunk": 16} | options
-        key = (name, *sorted(options.items()))
-        if key not in built:
-            built[key] = runtime(tiny_model(name), **options)
-        return built[key]
+        return runtimes(name, **({"n_ctx": 64 if name == "gpt2" else 256, "chunk": 16} | options))
 
-    yield make
-    for each in built.values():
-        each.close()
+    return make
 
 
 def interrupted(after: int):

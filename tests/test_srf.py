@@ -318,20 +318,13 @@ def test_converges_to_softmax():
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model):
+def run(runtimes):
     """run(name, **options) -> a runtime with srf attention, built once."""
-    built = {}
 
     def make(name="llama-gqa", **options):
-        options = {"features": SRF, "n_ctx": 64 if name == "gpt2" else 128} | options
-        key = (name, *sorted(options.items(), key=str))
-        if key not in built:
-            built[key] = runtime(tiny_model(name), **options)
-        return built[key]
+        return runtimes(name, **({"features": SRF, "n_ctx": 64 if name == "gpt2" else 128} | options))
 
-    yield make
-    for each in built.values():
-        each.close()
+    return make
 
 
 def ids_of(n: int, name: str = "srf") -> list[int]:

@@ -380,11 +380,6 @@ def shift_right(b, x, n):
     return b.lshr(x, _splat(b, n))
 
 
-@op(I(I, s32))
-def shift_right_signed(b, x, n):
-    return b.ashr(x, _splat(b, n))
-
-
 @op(I(I, I))
 def shift_left_each(b, x, n):
     """Every lane by its own count, 0 to 31."""
@@ -663,12 +658,6 @@ def tile_add(b, t, u):
 @op(lambda t, *a: t(t, F))
 def tile_add_vec(b, t, v):
     return _rowwise(b, t, lambda r, x: b.fadd(x, v))
-
-
-@op(lambda x, t, *a: t(F, t, F, t))
-def tile_axby(b, x, t, y, u):
-    """x * t[r] + y * u[r]."""
-    return _rowwise(b, t, lambda r, row: b.fadd(b.fmul(x, row), b.fmul(y, b.extract_value(u, r))))
 
 
 @op(lambda t, *a: Tile(I, t.r)(t, address, address, s32))
