@@ -285,15 +285,29 @@ def make_law(name, law: Directions, wandering=False, cached=True) -> Law:
             first = max(0, drawn.lowest - position)
             measure(drawn, scratch + SUMS, ROW, first, min(16 * groups, drawn.highest + 1 - position))
 
-    def keys_of(cell_name, load_cell, cell):
+    def in_memory(draw, view):
+        """A law's draw into memory, and its view of that; wandering: of both draws, one behind the other."""
+
         @inline
-        def by_lane(drawn, words, d, draws, block, j):
-            r0, r1 = law.keys(words, words + ROW, d, draws, block, j)
+        def draw_both(words, d, at):
+            draw(words, words + ROW, d, at)
             if wandering:
-                s0, s1 = law.keys(words + 2 * ROW, words + 3 * ROW, d, draws + 64 * d, block, j)
+                draw(words + 2 * ROW, words + 3 * ROW, d, at + 64 * d)
+
+        @inline
+        def pair(drawn, words, d, at, block, i):
+            r0, r1 = view(words, words + ROW, d, at, block, i)
+            if wandering:
+                s0, s1 = view(words + 2 * ROW, words + 3 * ROW, d, at + 64 * d, block, i)
                 return mixed(r0, s0, drawn), mixed(r1, s1, drawn)
             return r0, r1
 
+        return draw_both, pair
+
+    draw_keys, by_lane = in_memory(law.draw_keys, law.keys)
+    draw_values, by_row = in_memory(law.draw_values, law.values)
+
+    def keys_of(cell_name, load_cell, cell):
         @inline
         def directions(op, drawn, at, source, x, r, draws):
             """16 cached keys -> x (d, 16) floats, their directions -> r (d, 16), their sums."""
@@ -327,9 +341,7 @@ def make_law(name, law: Directions, wandering=False, cached=True) -> Law:
             draw_words(drawn, position, groups, scratch)
             for j in range(groups):
                 at, to = scratch + 64 * j, draws + 128 * d * j
-                law.draw_keys(at + WORDS, at + WORDS + ROW, d, to)
-                if wandering:
-                    law.draw_keys(at + WORDS + 2 * ROW, at + WORDS + 3 * ROW, d, to + 64 * d)
+                draw_keys(at + WORDS, d, to)
             for j in range(groups):
                 o, at, to = 16 * d * j, scratch + 64 * j, draws + 128 * d * j
                 directions(op, drawn, at, source + cell * o, x + 4 * o, out + 4 * o, to)
@@ -342,14 +354,6 @@ def make_law(name, law: Directions, wandering=False, cached=True) -> Law:
         return keys
 
     def values_of(cell_name, load_cell, cell):
-        @inline
-        def by_row(drawn, words, d, draws, block, p):
-            r0, r1 = law.values(words, words + ROW, d, draws, block, p)
-            if wandering:
-                s0, s1 = law.values(words + 2 * ROW, words + 3 * ROW, d, draws + 64 * d, block, p)
-                return mixed(r0, s0, drawn), mixed(r1, s1, drawn)
-            return r0, r1
-
         @inline
         def directions(op, drawn, at, source, x, r, draws, products):
             """16 cached values -> x (16, d) floats, their directions -> r (16, d), their sums."""
@@ -386,9 +390,7 @@ def make_law(name, law: Directions, wandering=False, cached=True) -> Law:
             draw_words(drawn, position, groups, scratch)
             for j in range(groups):
                 at, to = scratch + 64 * j, draws + 128 * d * j
-                law.draw_values(at + WORDS, at + WORDS + ROW, d, to)
-                if wandering:
-                    law.draw_values(at + WORDS + 2 * ROW, at + WORDS + 3 * ROW, d, to + 64 * d)
+                draw_values(at + WORDS, d, to)
             for j in range(groups):
                 o, at, to = 16 * d * j, scratch + 64 * j, draws + 128 * d * j
                 directions(op, drawn, at, source + cell * o, x + 4 * o, out + 4 * o, to, products)
