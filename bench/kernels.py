@@ -35,7 +35,16 @@ from tinydrug.kernels.tables import CALL, OPERAND
 from tinydrug.kernels.team import Team
 from tinydrug.models.program import Program
 
-KINDS = ("f32", "bf16", "q8_0", "q6_k", "q4_0", "q4_k")  # of weights; the others are made like these
+KINDS = (
+    "f32",
+    "bf16",
+    "q8_0",
+    "q6_k",
+    "q4_0",
+    "q4_k",
+    "q4_128",
+)  # of weights; the others are made like these
+OURS = {"q4_128": "q4"}  # no file has it: --quant that makes it
 MATRICES = ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")  # the others are as small, or the same
 TOKENS = (1, 8, 64, 512)
 STREAMED = 1 << 29  # bytes of weights that are multiplied in turn, so that they come from memory
@@ -69,10 +78,10 @@ class Maps:
     """A program of nothing but linear maps, copies of one matrix (N, K): x (T, K) -> (T, N) by each."""
 
     def __init__(self, kind: str, n: int, k: int, tokens: int, threads: int, copies: int):
-        tensor = _random_tensor(kind, n, k)
+        tensor = _random_tensor("f32" if kind in OURS else kind, n, k)
         names = [f"w{i}" for i in range(copies)]
         needs = {name: Need(name, (n, k)) for name in names}
-        self.weights = Weights(needs, dict.fromkeys(names, tensor), "none", threads)
+        self.weights = Weights(needs, dict.fromkeys(names, tensor), OURS.get(kind, "none"), threads)
         config = Config("llama", 1, k, 1, 1, 32, k, 32, 32, 1e-5, "silu", True)
         program = Program(config, self.weights, "f16")
         x = program._value(self.weights["w0"].k)
@@ -125,14 +134,15 @@ def linear_points(name: str, args: argparse.Namespace) -> Iterable[Point]:
         n, k = matrices[matrix]
         for kind in KINDS:
             layout = FORMATS[kind]
-            weight = n // 16 * (k // 32) * (layout.panel_bytes + layout.scale_bytes)
-            for tokens in TOKENS if k % BLOCK[kind][0] == 0 else ():
+            weight = n // 16 * (k // 32) * layout.panel_bytes
+            weight += n // 16 * -(-k // layout.group) * layout.scale_bytes if layout.group else 0
+            for tokens in TOKENS if kind in OURS or k % BLOCK[kind][0] == 0 else ():
                 copies = -(-STREAMED // weight) if tokens <= FEW and not args.quick else 1
                 with Maps(kind, n, k, tokens, args.threads, copies) as maps:
                     seconds = maps.seconds(args.rounds)
                 nbytes, ops = weight + 4 * tokens * (n + k), 2 * n * k * tokens
                 tiles = amx.AVAILABLE and tokens >= TILE_TOKENS
-                unit = ("int8 tiles" if tiles else "int8 dots") if layout.quantised else "f32"
+                unit = ("int8 tiles" if tiles else "int8 dots") if layout.group else "f32"
                 yield Point(f"linear {kind}", f"{name} {matrix}", tokens, seconds, nbytes, ops, unit)
 
 

@@ -210,8 +210,7 @@ LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 
 def quantise(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """x (..., K), K a multiple of 32 -> codes (..., K/32, 32) int, scales and minima (..., K/32) float16.
 
-    A code c stands for c * scale + minimum: signed for q8_0, one of LEVELS for iq4_nl, 0 to 15 for q4_0
-    (minimum -8 scale) and q4_1.
+    A code c stands for c * scale + minimum: signed for q8_0, 0 to 15 for q4_0 (minimum -8 scale) and q4_1.
     """
     blocks = np.asarray(x, np.float32).reshape(*x.shape[:-1], -1, 32)
     low = np.zeros(blocks.shape[:-1], np.float32)
@@ -224,10 +223,6 @@ def quantise(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarr
             low.astype("f2"),
         )
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
-    if kind == "iq4_nl":
-        d = np.float16([_search(*pair) for pair in zip(blocks.reshape(-1, 32), extreme.flat, strict=True)])
-        d = d.reshape(extreme.shape)
-        return _levels(blocks * _inverse(d.astype("f4"))[..., None]), d, low.astype("f2")
     if kind == "q4_0":  # the entry of largest magnitude becomes code 0, which stands for -8 scales
         d, shift = extreme / np.float32(-8), np.float32(8.5)
         half = d.astype(np.float16)
@@ -242,17 +237,51 @@ def quantise(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarr
     )
 
 
-def _search(block: np.ndarray, extreme: float) -> float:
-    """The scale of least squares, for levels where the extreme is the first or the last; then once more."""
-    block, found = block.astype(np.float64), [(np.square(block.astype(np.float64)).sum(), 0.0)]
-    for end in (-127, 113, None) if extreme else ():
-        q = _levels(block * end / extreme if end else block / min(found)[1])
-        found.append((np.square(block - (q @ block / (q @ q)) * q).sum(), q @ block / (q @ q)))
-    return min(found)[1]
+def int8(x: np.ndarray, group: int) -> np.ndarray:
+    """Activations x (T, k), every `group` columns of a row rounded to int8 with a float32 scale; float64."""
+    groups = np.pad(x, ((0, 0), (0, -x.shape[1] % group))).reshape(len(x), -1, group).astype(np.float32)
+    top = np.abs(groups).max(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(top > 0, np.float32(127) / top, np.float32(0))
+    rounded = np.rint(groups * inverse).astype(np.float64) * (top * np.float32(1 / 127)).astype(np.float64)
+    return rounded.reshape(len(x), -1)[:, : x.shape[1]]
 
 
-def _levels(x: np.ndarray) -> np.ndarray:
-    return LEVELS[np.abs(x[..., None] - LEVELS).argmin(-1)]
+SHRINKS = np.float32([1, 0.84, 0.7, 0.58])  # of the levels, in the tables of q4_128
+TABLES = np.rint(np.float32(LEVELS) * SHRINKS[:, None])  # (4, 16)
+
+
+def rounded_128(x: np.ndarray) -> np.ndarray:
+    """x (..., K), K a multiple of 32, through our q4_128 -> (..., K) float64: see kernels/blocks.py."""
+    out = np.empty(x.shape)
+    for first in range(0, x.shape[-1], 128):
+        part = x[..., first : first + 128].astype(np.float64)
+        out[..., first : first + 128] = np.apply_along_axis(_rounded_group, -1, part)
+    return out
+
+
+def _rounded_group(x: np.ndarray) -> np.ndarray:
+    """The extreme becomes the first level or the last, or a bit more; then the scale of least squares."""
+    found, extreme = [(np.inf, 0.0)], x.max() if x.max() > -x.min() else x.min()
+    for end in (-127, 113, -137, 121) if extreme else ():
+        q = _by_tables(x * end / extreme, 1)
+        found.append((np.square(x - (q @ x / (q @ q)) * q).sum(), q @ x / (q @ q)))
+    scale = np.float64(np.float16(min(found)[1]))
+    return scale * _by_tables(x / scale if scale else x, 2)
+
+
+def _by_tables(x: np.ndarray, tables: int) -> np.ndarray:
+    """Every 16 numbers in the smallest table that reaches about as far; of two tables, that or the next, by
+    squares of errors."""
+    blocks = x.reshape(-1, 16)
+    reach = np.maximum(blocks.max(-1) / 113, blocks.min(-1) / -127) / 1.1
+    first = np.maximum((SHRINKS >= reach[:, None]).sum(-1) - 1, 0)
+    numbers = np.abs(x.reshape(-1, 1, 16, 1) / SHRINKS[:, None, None] - LEVELS).argmin(-1)  # (n, 4, 16)
+    q = np.take_along_axis(np.broadcast_to(TABLES, (len(numbers), 4, 16)), numbers, 2)
+    errors = np.square(q - blocks[:, None]).sum(-1)
+    back = first[:, None] - np.arange(4)  # how many tables before the smallest
+    best = np.where((back >= 0) & (back < tables), errors, np.inf).argmin(1)
+    return q[np.arange(len(q)), best].reshape(-1)
 
 
 def dequantise(codes: np.ndarray, scales: np.ndarray, minima: np.ndarray) -> np.ndarray:

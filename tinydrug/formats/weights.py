@@ -15,14 +15,14 @@ from tinydrug.formats.packed import Layout, Packed
 from tinydrug.formats.tensor import Tensor
 from tinydrug.kernels.checksum import digest
 from tinydrug.kernels.memory import aligned, arena, nbytes
-from tinydrug.kernels.pack import FORMATS, PACKERS, SOURCE
+from tinydrug.kernels.pack import FORMATS, PACKERS, SOURCE, scratch_bytes
 from tinydrug.kernels.tables import PAD, PANEL, WEIGHT
 
 QUANTS = {  # --quant: formats of (matrices, embedding and head); None: as the file has it
     "none": (None, None),
     "f32": ("f32", "f32"),
     "q8": ("q8_0", "q8_0"),
-    "q4": ("iq4_nl", "q8_0"),  # on a small model a 4-bit head costs more quality than all it saves
+    "q4": ("q4_128", "q8_0"),  # on a small model a 4-bit head costs more quality than all it saves
 }
 _ELEMENT = {"f32": 4, "f16": 2, "bf16": 2}
 
@@ -224,7 +224,7 @@ class Weights:
         pack.address  # noqa: B018 - compile here, once, not in every thread of the pool
 
         def work(lo, hi):
-            scratch = aligned(64 + 4 * k, np.uint8)
+            scratch = aligned(scratch_bytes(k), np.uint8)
             pack(source.ctypes.data, lo, hi, scratch.ctypes.data)
 
         step = max(1, math.ceil(panels / self._threads))
@@ -270,8 +270,9 @@ def _areas(need: Need, weight: Weight) -> Layout:
     if need.role == "matrix":
         layout, blocks = FORMATS[weight.format], (weight.n // PANEL, weight.k // PAD)
         areas = {"data": (np.uint8, (*blocks, layout.panel_bytes))}
-        if layout.scale_bytes:
-            areas["scales"] = (np.uint8, (*blocks, layout.scale_bytes))
+        if layout.group:
+            groups = -(-weight.k // layout.group)
+            areas["scales"] = (np.uint8, (weight.n // PANEL, groups, layout.scale_bytes))
     if need.bias:
         areas["bias"] = (np.float32, (weight.n if need.role == "matrix" else weight.k,))
     return {f"{weight.name}.{part}": what for part, what in areas.items()}

@@ -1,8 +1,8 @@
 """Advanced Matrix Extensions: tile registers of 16 rows by 64 bytes, and their int8 product.
 
-t0, t1   integers, 16 tokens by 16 output rows
-t2, t3   activations, 16 tokens by 32 (t3: 16) columns
-t4, t5   weights, 8 (t5: 4) quads by 16 output rows by 4 columns
+t0          integers, 16 tokens by 16 output rows
+t1, t2, t3  activations, 16 tokens by 64, 32 and 16 columns
+t4, t5, t6  weights, 16, 8 and 4 quads by 16 output rows by 4 columns
 """
 
 from llvmlite import ir
@@ -11,8 +11,8 @@ from tinydrug.kernels.isa import ISA
 from tinydrug.kernels.vectors import address, i8, i64, op, void
 
 AVAILABLE = ISA == "amx"
-_ROWS = {0: 16, 1: 16, 2: 16, 3: 16, 4: 8, 5: 4}
-_ROW_BYTES = {0: 64, 1: 64, 2: 32, 3: 16, 4: 64, 5: 64}
+_ROWS = {0: 16, 1: 16, 2: 16, 3: 16, 4: 16, 5: 8, 6: 4}
+_ROW_BYTES = {0: 64, 1: 64, 2: 32, 3: 16, 4: 64, 5: 64, 6: 64}
 
 
 def _call(b, name, args):
@@ -42,20 +42,27 @@ def release(b):
     _call(b, "llvm.x86.tilerelease", [])
 
 
-def _product(sum_, x, w):
-    """The intrinsic (x address, w address, out address): int32 products, stored (16, 16)."""
+@op(void())
+def begin(b):
+    """Integers 0."""
+    _call(b, "llvm.x86.tilezero", [i8(0)])
 
+
+@op(void(address))
+def end(b, out):
+    """Integers -> out (16, 16) int32."""
+    _call(b, "llvm.x86.tilestored64", [i8(0), _pointer(b, out), i64(64)])
+
+
+def _multiply(x, w):
     @op(void(address, address, address))
-    def product(b, x_at, w_at, out):
-        t, n, m = i8(sum_), i8(x), i8(w)
-        _call(b, "llvm.x86.tilezero", [t])
-        _call(b, "llvm.x86.tileloadd64", [n, _pointer(b, x_at), i64(32)])
-        _call(b, "llvm.x86.tileloadd64", [m, _pointer(b, w_at), i64(64)])
-        _call(b, "llvm.x86.tdpbssd", [t, n, m])
-        _call(b, "llvm.x86.tilestored64", [t, _pointer(b, out), i64(64)])
+    def multiply(b, x_at, stride, w_at):
+        """Integers += activations, rows `stride` bytes apart, times weights: signed bytes."""
+        _call(b, "llvm.x86.tileloadd64", [i8(x), _pointer(b, x_at), stride])
+        _call(b, "llvm.x86.tileloadd64", [i8(w), _pointer(b, w_at), i64(64)])
+        _call(b, "llvm.x86.tdpbssd", [i8(0), i8(x), i8(w)])
 
-    return product
+    return multiply
 
 
-product_32 = _product(0, 2, 4)  # of 32 columns, signed bytes
-product_16 = _product(1, 3, 5)  # of 16
+multiply_64, multiply_32, multiply_16 = _multiply(1, 4), _multiply(2, 5), _multiply(3, 6)  # so many columns

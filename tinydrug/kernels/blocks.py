@@ -1,4 +1,4 @@
-"""The quantised weight formats: ggml's blocks, as a file has them and as they lie in panels.
+"""The quantised weight formats: ggml's blocks, as a file has them and as they lie in panels, and our own.
 
 A weight is scale * (integer - offset), or scale * integer + minimum. Every bit of a file is kept: integers go
 to their planes (planes.py), scales and minima lie beside them, one a row of the panel:
@@ -9,8 +9,12 @@ to their planes (planes.py), scales and minima lie beside them, one a row of the
     q4_k, q5_k         [8 blocks: [8][16] u8, [8][16] u8, [16] f16, [16] f16]: 6-bit scales and minima, what
                        to multiply each with (minima are subtracted)
     q6_k               [8 blocks: [16][16] i8, [16] f16]: a scale for every 16 columns, what to multiply with
+    q4_128             [4 blocks: [16] f16, [16] u8, [16] u8]: scales; the keys of columns 0 .. 15 of each
+                       block, of columns 16 .. 31: two bits a block, at bits 4, 6, 0 and 2
 
-Formulas: ggml-quants.c, dequantize_row_*.
+Formulas: ggml-quants.c, dequantize_row_*. q4_128 is what `--quant q4` makes, 4.25 bits a weight: 128 columns
+share a scale, so that integers are added up four times as far; and every 16 columns choose one of four tables
+of levels, the small ones one of small levels. Tables hold integers: choosing costs no arithmetic.
 """
 
 from typing import NamedTuple
@@ -20,16 +24,28 @@ import numpy as np
 from tinydrug.kernels.jit import inline
 from tinydrug.kernels.planes import PLANES, Planes
 from tinydrug.kernels.vectors import (
+    load_byte_a_lane,
     load_halves,
     load_signed_bytes,
     load_u8,
     load_u16,
     load_unsigned_bytes,
+    next_pair,
     store_u8,
     store_u16,
 )
 
-f4 = np.float32
+f4, i8 = np.float32, np.int64
+
+
+@inline
+def no_keys(s, g):
+    return i8(0), i8(0)
+
+
+@inline
+def same(key):
+    return key
 
 
 class Blocks(NamedTuple):
@@ -37,12 +53,15 @@ class Blocks(NamedTuple):
 
     planes: Planes
     offset: int  # of the stored integers; 0 where there is a minimum
-    scale_bytes: int  # of a block of a panel
-    scale: object  # (scales of the panel, block) -> F, a lane a row
+    scale_bytes: int  # of a group of a panel
+    scale: object  # (scales of the panel, group) -> F, a lane a row
     minimum: object  # the same, or None
     second_scale: object  # the same for columns 16 .. 31, or None: they share it
-    integer: object  # (row of a file, column) -> the stored integer
+    integer: object  # (row of a file, column) -> the stored integer; None: no file has it
     copy_scales: object  # (row of a file, block, row of the panel, scales of the panel)
+    group: int = 32  # columns that share a scale and a minimum
+    keys: object = no_keys  # (scales of the panel, group) -> keys of the first block's planes
+    next_keys: object = same  # keys -> those of the next block
 
 
 # --- one f16 scale a block; perhaps a minimum ---------------------------------------------------------------
@@ -176,6 +195,12 @@ def copy_scales_q6_k(row, b, r, scales):
     store_u16(s + 256 + 2 * r, load_u16(block + 208))
 
 
+# --- 128: four blocks share a scale, and every 16 columns choose their table --------------------------------
+@inline
+def keys_128(s, g):
+    return load_byte_a_lane(s + 64 * g + 32), load_byte_a_lane(s + 64 * g + 48)
+
+
 BLOCKS = {
     "q8_0": Blocks(PLANES[8], 128, 32, scale_1, None, None, integer_q8_0, _copy_halves(34, 1)),
     "q4_0": Blocks(PLANES[4], 8, 32, scale_1, None, None, _nibble(18, 2), _copy_halves(18, 1)),
@@ -186,4 +211,5 @@ BLOCKS = {
     "q4_k": Blocks(PLANES[4], 0, 40, scale_k, minimum_k, None, _nibble_k(144, 16), _copy_scales_k(144)),
     "q5_k": Blocks(PLANES[5], 0, 40, scale_k, minimum_k, None, integer_q5_k, _copy_scales_k(176)),
     "q6_k": Blocks(PLANES[6], 32, 36, scale_q6_k, None, second_scale_q6_k, integer_q6_k, copy_scales_q6_k),
+    "q4_128": Blocks(PLANES["tables"], 128, 64, scale_2, None, None, None, None, 128, keys_128, next_pair),
 }

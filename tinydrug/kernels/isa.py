@@ -39,3 +39,4 @@ def _choose() -> str:
 
 CPU = llvm.get_host_cpu_name()
 ISA = _choose()
+WIDE_LOOKUP = ISA in ("amx", "avx512vnni") and llvm.get_host_cpu_features().get("avx512vbmi", False)

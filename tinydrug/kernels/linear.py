@@ -3,7 +3,7 @@
 Weights lie in panels of 16 output rows; a lane is an output row, so there is no horizontal sum:
 
     f32, f16, bf16   [panel][k][16]
-    quantised        [panel][k/32] blocks (planes.py), and their scales (blocks.py)
+    quantised        [panel][k/32] blocks (planes.py), and the scales of their groups (blocks.py)
 
 An output element is one sum over k in one order whatever the tile that holds it, so its bits depend
 neither on how many tokens came with it nor on the threads: products of integers are exact, and what is
@@ -30,6 +30,7 @@ from tinydrug.kernels.vectors import (
     tile8,
     tile16,
     tile_add,
+    tile_add_ints,
     tile_add_vec,
     tile_dot4,
     tile_fma,
@@ -48,9 +49,9 @@ from tinydrug.kernels.vectors import (
 
 i4, i8 = np.int32, np.int64
 UNPACKED = 1 << 20  # bytes of panels that are unpacked together
-PRODUCTS = 8192  # bytes for integer products, of four blocks
-LEAD = 2  # blocks that are multiplied ahead of their scaling: as long as tiles take
-AHEAD = 4096  # bytes of weights to ask for before they are needed: hardware alone leaves a third of DRAM idle
+PRODUCTS = 8192  # bytes for integer products, of four groups
+LEAD = 2  # groups that are multiplied ahead of their scaling: as long as tiles take
+AHEAD = 8192  # bytes of weights to ask for before they are needed: hardware alone leaves a third of DRAM idle
 
 
 # --- one panel of floats: tile of zeros, addresses of weights and activations, k, activation stride -> tile -
@@ -119,6 +120,7 @@ def panels_together(k):
 def _block_linear(name, blocks):
     """The kernel of a quantised format; activations come as int8."""
     low, high, scale, minimum = blocks.planes.low, blocks.planes.high, blocks.scale, blocks.minimum
+    keys, next_keys, group, many = blocks.keys, blocks.next_keys, blocks.group, blocks.group // 32
     second, offset, block_bytes, scale_bytes = (
         blocks.second_scale,
         blocks.offset,
@@ -128,101 +130,139 @@ def _block_linear(name, blocks):
     shift = max(offset, 1).bit_length() - 1
 
     @inline
+    def groups_of(k):
+        return (k + group - 1) // group
+
+    @inline
+    def blocks_of(g, k):
+        """How many blocks group g has: the last may have fewer."""
+        return 1 if many == 1 else min(many, k // 32 - many * g)
+
+    @inline
     def start(zeros, sums, stride):
         """Integer sums, begun with what undoes the offset."""
         return tile_splat_ints(zeros, sums, stride, i4(shift)) if offset else tile_ints(zeros)
 
     @inline
-    def dots_low(dots, w, x, stride):
+    def dots_low(dots, w, key, x, stride):
         for c in range(4):
-            dots = tile_dot4(dots, low(w, c), x + 4 * c, stride)
+            dots = tile_dot4(dots, low(w, c, key), x + 4 * c, stride)
         return dots
 
     @inline
-    def dots_high(dots, w, x, stride):
+    def dots_high(dots, w, key, x, stride):
         for c in range(4):
-            dots = tile_dot4(dots, high(w, c), x + 16 + 4 * c, stride)
+            dots = tile_dot4(dots, high(w, c, key), x + 16 + 4 * c, stride)
         return dots
 
-    # The three ways a block adds to floats: by one scale; with a minimum; by a scale for each half.
+    @inline
+    def ask(block):
+        for j in range(0, block_bytes, 64):
+            prefetch(block + AHEAD + j)
+
+    # The ways a group adds to floats: by one scale; with a minimum; by a scale for each half of a block.
+    # w and x are the group's.
     if second is not None:
 
         @inline
-        def add_block(acc, w, s, b, x, k, stride):
-            scales, sums = scales_of(x, k) + 4 * b, half_sums_of(x, k) + 8 * b
-            dots = dots_low(start(acc, sums, stride), w, x + 32 * b, stride)
-            acc = tile_scale_add(acc, dots, scale(s, b), scales, stride)
-            dots = dots_high(start(acc, sums + 4, stride), w, x + 32 * b, stride)
-            return tile_scale_add(acc, dots, second(s, b), scales, stride)
+        def add_group(acc, w, s, g, columns, x, k, stride, ahead):
+            if ahead:
+                ask(w)
+            key, other = keys(s, g)
+            scales, sums = scales_of(x, k) + 4 * g, half_sums_of(x, k) + 8 * g
+            dots = dots_low(start(acc, sums, stride), w, key, columns, stride)
+            acc = tile_scale_add(acc, dots, scale(s, g), scales, stride)
+            dots = dots_high(start(acc, sums + 4, stride), w, other, columns, stride)
+            return tile_scale_add(acc, dots, second(s, g), scales, stride)
 
         @inline
-        def multiply(x, w, out):
-            amx.product_16(x, w, out)
-            amx.product_16(x + 16, w + 256, out + 1024)
+        def multiply(x, w, width, out):
+            amx.begin()
+            amx.multiply_16(x, 32, w)
+            amx.end(out)
+            amx.begin()
+            amx.multiply_16(x + 16, 32, w + 256)
+            amx.end(out + 1024)
 
         @inline
-        def add_products(acc, products, s, b, x_scales, moments):
-            acc = tile_scale_add_stored(acc, products, scale(s, b), x_scales + 64 * b)
-            return tile_scale_add_stored(acc, products + 1024, second(s, b), x_scales + 64 * b)
+        def add_products(acc, products, s, g, x_scales, moments):
+            acc = tile_scale_add_stored(acc, products, scale(s, g), x_scales + 64 * g)
+            return tile_scale_add_stored(acc, products + 1024, second(s, g), x_scales + 64 * g)
 
     else:
 
         @inline
-        def add_block(acc, w, s, b, x, k, stride):
-            dots = dots_low(start(acc, sums_of(x, k) + 4 * b, stride), w, x + 32 * b, stride)
-            dots = dots_high(dots, w, x + 32 * b, stride)
-            acc = tile_scale_add(acc, dots, scale(s, b), scales_of(x, k) + 4 * b, stride)
+        def add_group(acc, w, s, g, columns, x, k, stride, ahead):
+            key, other = keys(s, g)
+            dots, others = start(acc, sums_of(x, k) + 4 * g, stride), tile_ints(acc)
+            for _ in range(blocks_of(g, k)):
+                if ahead:
+                    ask(w)
+                dots = dots_low(dots, w, key, columns, stride)
+                others = dots_high(others, w, other, columns, stride)
+                key, other, w, columns = next_keys(key), next_keys(other), w + block_bytes, columns + 32
+            dots = tile_add_ints(dots, others)
+            acc = tile_scale_add(acc, dots, scale(s, g), scales_of(x, k) + 4 * g, stride)
             if minimum is not None:
-                acc = tile_fma(acc, minimum(s, b), moments_of(x, k) + 4 * b, stride)
+                acc = tile_fma(acc, minimum(s, g), moments_of(x, k) + 4 * g, stride)
             return acc
 
         @inline
-        def multiply(x, w, out):
-            amx.product_32(x, w, out)
+        def multiply(x, w, width, out):
+            amx.begin()
+            for c in range(0, width - 32, 64):
+                amx.multiply_64(x + c, width, w + 16 * c)
+            if width % 64 != 0:
+                amx.multiply_32(x + width - 32, width, w + 16 * (width - 32))
+            amx.end(out)
 
         @inline
-        def add_products(acc, products, s, b, x_scales, moments):
-            x = x_scales + 64 * b
+        def add_products(acc, products, s, g, x_scales, moments):
+            x = x_scales + 64 * g
             if minimum is not None:
-                at = moments + 64 * b
-                return tile_scale_add_stored_fma(acc, products, scale(s, b), x, minimum(s, b), at)
-            return tile_scale_add_stored(acc, products, scale(s, b), x)
+                at = moments + 64 * g
+                return tile_scale_add_stored_fma(acc, products, scale(s, g), x, minimum(s, g), at)
+            return tile_scale_add_stored(acc, products, scale(s, g), x)
 
     @inline
     def tile(zeros, op, p, x, y, ahead):
         w = op.weight
-        blocks, acc = w.k // 32, zeros
-        data, s = w.data + p * blocks * block_bytes, w.scales + p * blocks * scale_bytes
-        for b in range(blocks):
+        groups, acc = groups_of(w.k), zeros
+        data, s = w.data + p * (w.k // 32) * block_bytes, w.scales + p * groups * scale_bytes
+        for g in range(groups):
+            at = data + many * block_bytes * g
             if ahead:
-                for j in range(0, block_bytes, 64):
-                    prefetch(data + block_bytes * b + AHEAD + j)
-                prefetch(s + scale_bytes * b + AHEAD * scale_bytes // block_bytes)
-            acc = add_block(acc, data + block_bytes * b, s, b, x, w.k, op.x.stride)
+                prefetch(s + scale_bytes * g + AHEAD * scale_bytes // (many * block_bytes))
+            acc = add_group(acc, at, s, g, x + group * g, x, w.k, op.x.stride, ahead)
         finish(acc, w.bias + 64 * p if w.bias != 0 else i8(0), op.onto != 0, y + 64 * p, op.y.stride)
 
     @inline
     def unpack(w, p, out):
         """Panel p -> signed bytes [k/4][16][4]."""
-        blocks = w.k // 32
-        for b in range(blocks):
-            block, to = w.data + (p * blocks + b) * block_bytes, out + 512 * b
-            for c in range(4):
-                store_bytes(to + 64 * c, subtract_bytes(low(block, c), i4(offset)))
-                store_bytes(to + 256 + 64 * c, subtract_bytes(high(block, c), i4(offset)))
+        groups, block = groups_of(w.k), w.data + p * (w.k // 32) * block_bytes
+        for g in range(groups):
+            key, other = keys(w.scales + p * groups * scale_bytes, g)
+            for _ in range(blocks_of(g, w.k)):
+                for c in range(4):
+                    store_bytes(out + 64 * c, subtract_bytes(low(block, c, key), i4(offset)))
+                    store_bytes(out + 256 + 64 * c, subtract_bytes(high(block, c, other), i4(offset)))
+                key, other, block, out = next_keys(key), next_keys(other), block + block_bytes, out + 512
 
     @inline
     def tile_amx(w, p, onto, x, panel, products, y, y_stride):
-        """16 tokens; the integers of a block are multiplied while those of the one before are scaled."""
-        blocks, acc, s = w.k // 32, tile16(), w.scales + p * (w.k // 32) * scale_bytes
+        """16 tokens; the integers of a group are multiplied while those of the one before are scaled."""
+        groups, acc = groups_of(w.k), tile16()
+        s = w.scales + p * groups * scale_bytes
         x_scales, moments = x + 16 * scales_of(i8(0), w.k), x + 16 * moments_of(i8(0), w.k)
-        for b in range(min(LEAD, blocks)):
-            multiply(x + 512 * b, panel + 512 * b, products + 2048 * (b & 3))
-        for b in range(LEAD, blocks):
-            multiply(x + 512 * b, panel + 512 * b, products + 2048 * (b & 3))
-            acc = add_products(acc, products + 2048 * (b - LEAD & 3), s, b - LEAD, x_scales, moments)
-        for b in range(max(blocks - LEAD, 0), blocks):
-            acc = add_products(acc, products + 2048 * (b & 3), s, b, x_scales, moments)
+        for g in range(min(LEAD, groups)):
+            at = 16 * group * g
+            multiply(x + at, panel + at, 32 * blocks_of(g, w.k), products + 2048 * (g & 3))
+        for g in range(LEAD, groups):
+            at = 16 * group * g
+            multiply(x + at, panel + at, 32 * blocks_of(g, w.k), products + 2048 * (g & 3))
+            acc = add_products(acc, products + 2048 * (g - LEAD & 3), s, g - LEAD, x_scales, moments)
+        for g in range(max(groups - LEAD, 0), groups):
+            acc = add_products(acc, products + 2048 * (g & 3), s, g, x_scales, moments)
         finish(acc, w.bias + 64 * p if w.bias != 0 else i8(0), onto, y, y_stride)
 
     @inline

@@ -13,15 +13,19 @@ from numba import types
 from tinydrug.kernels.blocks import BLOCKS
 from tinydrug.kernels.jit import Kernel, inline, kernel
 from tinydrug.kernels.linear import LINEAR
-from tinydrug.kernels.planes import LEVELS
+from tinydrug.kernels.planes import LEVELS, SHRINKS
 from tinydrug.kernels.structs import Struct
 from tinydrug.kernels.tables import GATHER
 from tinydrug.kernels.vectors import (
+    absolute,
     floats,
     fma,
     get_byte,
     get_lane,
+    higher,
+    higher_magnitude,
     highest_magnitude,
+    ints,
     load,
     load_bf16,
     load_bfloats,
@@ -29,7 +33,6 @@ from tinydrug.kernels.vectors import (
     load_f32,
     load_halves,
     load_i32,
-    max_lanes,
     maximum,
     round_even,
     select,
@@ -38,13 +41,18 @@ from tinydrug.kernels.vectors import (
     store_bf16,
     store_f16,
     store_f32,
+    store_halves,
     store_i32,
+    store_ints,
     store_low_bytes,
-    sum_lanes,
     to_ints,
+    transpose,
 )
 
 f4, i4, i8 = np.float32, np.int32, np.int64
+SHRINKS = tuple(map(f4, SHRINKS))
+OVER = 1.1  # how far beyond a table's last level a value may be, for that table to be tried
+ENDS = tuple(map(f4, (-127, 113, -137, 121)))  # what the largest value of a group is tried as
 EDGES = tuple(f4((low + high) / 2) for low, high in zip(LEVELS[:-1], LEVELS[1:], strict=True))
 
 SOURCE = Struct(
@@ -60,9 +68,12 @@ SOURCE = Struct(
     data_out="i8",
     scales_out="i8",
 )
-PACK = types.void(
-    SOURCE, *[types.int64] * 3
-)  # source, first panel, last panel, scratch (64 bytes and padded_k floats)
+PACK = types.void(SOURCE, *[types.int64] * 3)  # source, first panel, last panel, scratch
+
+
+def scratch_bytes(k: int) -> int:
+    """Memory for packing k padded columns, beside source and panels: a row, 16 rows, a group of those."""
+    return 64 + 4 * k + 64 * k + 64 * 128
 
 
 # --- readers: one element of a source row as a float, and 16 of them where they lie side by side ------------
@@ -96,7 +107,7 @@ def write_q8_0(row, r, k, data, scales, scratch):
     """absmax / 127, as ggml's q8_0."""
     for b in range(k // 32):
         u, v = load(row + 128 * b), load(row + 128 * b + 64)
-        top = highest_magnitude(u, v)
+        top = highest_magnitude(higher_magnitude(higher_magnitude(ints(i4(0)), u), v))
         inverse = f4(127.0) / top if top > f4(0.0) else f4(0.0)
         store_f16(scales + 32 * b + 2 * r, top / f4(127.0))
         store_low_bytes(scratch, to_ints(round_even(u * inverse)) + i4(128))
@@ -123,37 +134,112 @@ nearest_levels, nearest_numbers = _nearest(LEVELS), _nearest(range(16))
 
 
 @inline
-def write_iq4_nl(row, r, k, data, scales, scratch):
-    """The value of largest magnitude becomes the least level, or the largest: whichever leads to levels q of
-    the values v with smaller squares of errors, the scale being qv / qq; and then the levels nearest by that
-    scale are tried, too."""
-    for b in range(k // 32):
-        u, v = load(row + 128 * b), load(row + 128 * b + 64)
-        high = max_lanes(maximum(u, v))
-        low = -max_lanes(maximum(u * f4(-1.0), v * f4(-1.0)))
-        top = high if high > -low else low
-        scale, best = top * f4(0.0), f4(0.0)  # NaN unless finite
-        for end in (f4(LEVELS[0]), f4(LEVELS[15]), f4(0.0)):
-            inverse = f4(0.0)
-            if top != f4(0.0):
-                inverse = end / top if end != f4(0.0) else f4(1.0) / scale
-            p, q = nearest_levels(u * inverse), nearest_levels(v * inverse)
-            along, square = sum_lanes(fma(p, u, q * v)), sum_lanes(fma(p, p, q * q))
-            if along * along > best * square:
-                scale, best = along / square, along * along / square
-        at = scales + 32 * b + 2 * r
-        store_f16(at, scale)
-        scale = load_f16(at)
-        inverse = f4(1.0) / scale if scale != f4(0.0) else f4(0.0)
-        first, second = nearest_numbers(u * inverse), nearest_numbers(v * inverse)
-        store_low_bytes(scratch, to_ints(first) | shift_left(to_ints(second), i4(4)))
-        for c in range(4):
-            store_i32(data + 256 * b + 64 * c + 4 * r, load_i32(scratch + 4 * c))
+def shrink_of(table):
+    """Lanes that number tables -> how much smaller those are, and one over that."""
+    shrink, inverse = floats(SHRINKS[0]), floats(f4(1.0) / SHRINKS[0])
+    for t in range(1, 4):
+        here = table >= f4(t)
+        shrink = select(here, floats(SHRINKS[t]), shrink)
+        inverse = select(here, floats(f4(1.0) / SHRINKS[t]), inverse)
+    return shrink, inverse
+
+
+@inline
+def try_table(columns, inverse, table):
+    """16 columns, times inverse in units of a scale -> sums over the nearest levels q of the values v: of the
+    squares of errors, of qv and of qq. A lane is a row."""
+    shrink, larger = shrink_of(table)
+    errors, along, square = floats(f4(0.0)), floats(f4(0.0)), floats(f4(0.0))
+    for c in range(16):
+        v = load(columns + 64 * c)
+        q = round_even(nearest_levels(v * inverse * larger) * shrink)
+        error = q - v * inverse
+        errors, along, square = fma(error, error, errors), fma(q, v, along), fma(q, q, square)
+    return errors, along, square
+
+
+@inline
+def smallest_table(columns, inverse):
+    """The number of the smallest table that reaches about as far as 16 columns do. A lane is a row."""
+    reach, table = floats(f4(0.0)), floats(f4(0.0))
+    for c in range(16):
+        x = load(columns + 64 * c) * inverse
+        reach = higher(higher(x * f4(1 / LEVELS[15]), x * f4(1 / LEVELS[0])), reach)
+    for t in range(1, 4):
+        table = select(floats(SHRINKS[t] * f4(OVER)) >= reach, floats(f4(t)), table)
+    return table
+
+
+@inline
+def best_table(columns, inverse):
+    """The smallest table, or the next, if that leaves 16 columns less error."""
+    small = smallest_table(columns, inverse)
+    large = higher(small - f4(1.0), floats(f4(0.0)))
+    error, _, _ = try_table(columns, inverse, small)
+    other, _, _ = try_table(columns, inverse, large)
+    return select(error < other, small, large)
+
+
+@inline
+def write_q4_128(row, r, k, data, scales, scratch):
+    """Rows are collected, [16][k]; the last one has all of them quantised together.
+
+    The value of largest magnitude is tried as the least level and the largest, and a bit beyond each:
+    whichever leads to levels q of the values v with the least squares of errors, the scale being qv / qq."""
+    rows = row + 4 * k
+    columns = rows + 64 * k  # of a group: [128][16]
+    for c in range(0, k, 16):
+        store(rows + 4 * (k * r + c), load(row + 4 * c))
+    if r < 15:
+        return
+    for g in range((k + 127) // 128):
+        width, at = min(128, k - 128 * g), scales + 64 * g
+        for c in range(0, width, 16):
+            transpose(rows + 4 * (128 * g + c), 4 * k, columns + 64 * c)
+        high, low = load(columns), load(columns) * f4(-1.0)
+        for c in range(1, width):
+            v = load(columns + 64 * c)
+            high, low = maximum(high, v), maximum(low, v * f4(-1.0))
+        top = select(high > low, high, low * f4(-1.0))
+        scale, best = top * f4(0.0), floats(f4(0.0))  # NaN unless finite
+        for end in ENDS:
+            inverse = select(absolute(top) > f4(0.0), floats(end) / top, best * f4(0.0))
+            along, square = floats(f4(0.0)), floats(f4(0.0))
+            for c in range(0, width, 16):
+                table = smallest_table(columns + 64 * c, inverse)
+                _, more, squares = try_table(columns + 64 * c, inverse, table)
+                along, square = along + more, square + squares
+            better = along * along > best * square
+            scale = select(better, along / square, scale)
+            best = select(better, along * along / square, best)
+        store_halves(at, scale)
+        scale = load_halves(at)
+        inverse = select(absolute(scale) > f4(0.0), floats(f4(1.0)) / scale, floats(f4(0.0)))
+        key, other_key = ints(i4(0)), ints(i4(0))
+        for b in range(width // 32):
+            first = columns + 64 * 32 * b
+            table, other = best_table(first, inverse), best_table(first + 64 * 16, inverse)
+            place = i4(4 + 2 * b & 7)
+            key = key | shift_left(to_ints(table), place)
+            other_key = other_key | shift_left(to_ints(other), place)
+            unit, other_unit = inverse * shrink_of(table)[1], inverse * shrink_of(other)[1]
+            for c in range(4):
+                quad = ints(i4(0))
+                for i in range(4):
+                    v = first + 64 * (4 * c + i)
+                    number = to_ints(nearest_numbers(load(v) * unit))
+                    other_number = to_ints(nearest_numbers(load(v + 64 * 16) * other_unit))
+                    quad = quad | shift_left(number | shift_left(other_number, i4(4)), i4(8 * i))
+                store_ints(data + 256 * (4 * g + b) + 64 * c, quad)
+        store_low_bytes(at + 32, key)
+        store_low_bytes(at + 48, other_key)
 
 
 # --- packers ------------------------------------------------------------------------------------------------
-def _pack(name, read, load_many, element, write, panel_bytes, scale_bytes):
+def _pack(name, read, load_many, element, write, format_):
     """The kernel that packs panels through floats. load_many reads 16 neighbours of `element` bytes."""
+
+    panel_bytes, scale_bytes, group = format_.panel_bytes, format_.scale_bytes, format_.group or 32
 
     @kernel(PACK, name)
     def pack(source, lo, hi, scratch):
@@ -161,7 +247,7 @@ def _pack(name, read, load_many, element, write, panel_bytes, scale_bytes):
         plain = source.column_stride == element and source.group == source.padded_group
         for p in range(lo, hi):
             data = source.data_out + p * (k // 32) * panel_bytes
-            scales = source.scales_out + p * (k // 32) * scale_bytes
+            scales = source.scales_out + p * ((k + group - 1) // group) * scale_bytes
             for r in range(16):
                 index = load_i32(source.rows + 4 * (16 * p + r))
                 if index < 0:
@@ -221,7 +307,8 @@ def _gather(name, load_one, element):
 def _gather_blocks(name, blocks):
     low, high, scale, offset = blocks.planes.low, blocks.planes.high, blocks.scale, blocks.offset
     minimum, second = blocks.minimum, blocks.second_scale or blocks.scale
-    block_bytes, scale_bytes = blocks.planes.nbytes, blocks.scale_bytes
+    block_bytes, scale_bytes, group = blocks.planes.nbytes, blocks.scale_bytes, blocks.group
+    keys, next_keys = blocks.keys, blocks.next_keys
     if minimum is None:
 
         @inline
@@ -231,16 +318,19 @@ def _gather_blocks(name, blocks):
     @kernel(GATHER, f"gather_{name}")
     def gather(weight, index, out):
         p, r, n = index // 16, index % 16, weight.k // 32
-        s = weight.scales + p * n * scale_bytes
+        s = weight.scales + p * ((weight.k + group - 1) // group) * scale_bytes
         for b in range(n):
-            w, to = weight.data + (p * n + b) * block_bytes, out + 128 * b
+            w, to, g = weight.data + (p * n + b) * block_bytes, out + 128 * b, 32 * b // group
             first, other, least = (
-                get_lane(scale(s, b), r),
-                get_lane(second(s, b), r),
-                get_lane(minimum(s, b), r),
+                get_lane(scale(s, g), r),
+                get_lane(second(s, g), r),
+                get_lane(minimum(s, g), r),
             )
+            key, next_key = keys(s, g)
+            for _ in range(b % (group // 32)):
+                key, next_key = next_keys(key), next_keys(next_key)
             for c in range(4):
-                quad, next_quad = low(w, c), high(w, c)
+                quad, next_quad = low(w, c, key), high(w, c, next_key)
                 for i in range(4):
                     q, next_q = get_byte(quad, 4 * r + i), get_byte(next_quad, 4 * r + i)
                     store_f32(to + 16 * c + 4 * i, first * f4(q - offset) + least)
@@ -251,14 +341,13 @@ def _gather_blocks(name, blocks):
 
 # --- the registry: kinds of tensors a file may hold, and formats a panel may have ---------------------------
 class Format(NamedTuple):
-    """How weights lie in memory: bytes of data and scales for 32 columns of a panel; what the kernel wants of
-    activations."""
+    """How weights lie in memory, and what the kernel wants of activations."""
 
-    panel_bytes: int
-    scale_bytes: int
+    panel_bytes: int  # of 32 columns of a panel
+    scale_bytes: int  # of a group of a panel
+    group: int  # columns that share scales; activations come as int8 in such groups. 0: as floats
     linear: Kernel
     gather: Kernel
-    quantised: bool  # activations come as int8
 
 
 _READ = {  # kind of source -> element reader, vector reader, bytes of an element
@@ -271,19 +360,19 @@ _WRITE = {
     "f16": _write_floats(store_f16, 2),
     "bf16": _write_floats(store_bf16, 2),
     "q8_0": write_q8_0,
-    "iq4_nl": write_iq4_nl,
+    "q4_128": write_q4_128,
 }
 FORMATS = {
-    name: Format(512 * element, 0, LINEAR[name], _gather(name, load_one, element), False)
+    name: Format(512 * element, 0, 0, LINEAR[name], _gather(name, load_one, element))
     for name, load_one, element in (("f32", load_f32, 4), ("f16", load_f16, 2), ("bf16", load_bf16, 2))
 } | {
-    name: Format(blocks.planes.nbytes, blocks.scale_bytes, LINEAR[name], _gather_blocks(name, blocks), True)
+    name: Format(
+        blocks.planes.nbytes, blocks.scale_bytes, blocks.group, LINEAR[name], _gather_blocks(name, blocks)
+    )
     for name, blocks in BLOCKS.items()
 }
 PACKERS = {  # (kind of source, format) -> kernel
-    (kind, name): _pack(
-        f"pack_{kind}_{name}", *read, write, FORMATS[name].panel_bytes, FORMATS[name].scale_bytes
-    )
+    (kind, name): _pack(f"pack_{kind}_{name}", *read, write, FORMATS[name])
     for kind, read in _READ.items()
     for name, write in _WRITE.items()
-} | {(name, name): _repack(f"repack_{name}", blocks) for name, blocks in BLOCKS.items()}
+} | {(name, name): _repack(f"repack_{name}", blocks) for name, blocks in BLOCKS.items() if blocks.integer}

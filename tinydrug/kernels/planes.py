@@ -8,6 +8,8 @@
     5 bits   4 bits, then [16][4]: the fifth bit of quad c is bit c
     6 bits   4 bits, then [2][16][4]: the upper two bits of quad c, and of c + 4, are bits 2c and 2c + 1
     levels   4 bits, the number of one of 16 levels; bytes are that level + 128
+    tables   4 bits, the number of one of 16 levels in one of four tables, which one the key says: a byte for
+             all 16 columns of a row
 """
 
 from typing import NamedTuple
@@ -19,34 +21,40 @@ from tinydrug.kernels.vectors import (
     bits_to,
     either,
     high_nibbles,
+    high_nibbles_under,
     load_bytes,
     load_u8,
     lookup,
+    lookup_64,
     low_nibbles,
+    low_nibbles_under,
     store_u8,
 )
 
 i4, i8 = np.int32, np.int64
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of ggml's iq4_nl
 level = lookup([q + 128 for q in LEVELS])
+SHRINKS = (1.0, 0.84, 0.7, 0.58)  # of the levels, in each of four tables
+TABLES = tuple(int(np.rint(np.float32(q) * np.float32(shrink))) for shrink in SHRINKS for q in LEVELS)
+level_of = lookup_64([q + 128 for q in TABLES])
 
 
 class Planes(NamedTuple):
     """How integers of so many bits lie in a block of a panel."""
 
     nbytes: int  # of a block
-    low: object  # (block, c) -> quad c < 4, unsigned bytes
-    high: object  # (block, c) -> quad c + 4
+    low: object  # (block, c, key of columns 0 .. 15) -> quad c < 4, unsigned bytes
+    high: object  # (block, c, key of columns 16 .. 31) -> quad c + 4
     place: object  # (block, row, column, integer): into a block that was zero
 
 
 @inline
-def low4(w, c):
+def low4(w, c, key):
     return low_nibbles(load_bytes(w + 64 * c))
 
 
 @inline
-def high4(w, c):
+def high4(w, c, key):
     return high_nibbles(load_bytes(w + 64 * c))
 
 
@@ -57,13 +65,13 @@ def place4(w, r, column, q):
 
 
 @inline
-def low5(w, c):
-    return either(low4(w, c), bits_to(load_bytes(w + 256), c, i8(4), i4(1)))
+def low5(w, c, key):
+    return either(low4(w, c, key), bits_to(load_bytes(w + 256), c, i8(4), i4(1)))
 
 
 @inline
-def high5(w, c):
-    return either(high4(w, c), bits_to(load_bytes(w + 256), c + 4, i8(4), i4(1)))
+def high5(w, c, key):
+    return either(high4(w, c, key), bits_to(load_bytes(w + 256), c + 4, i8(4), i4(1)))
 
 
 @inline
@@ -74,13 +82,13 @@ def place5(w, r, column, q):
 
 
 @inline
-def low6(w, c):
-    return either(low4(w, c), bits_to(load_bytes(w + 256), 2 * c, i8(4), i4(3)))
+def low6(w, c, key):
+    return either(low4(w, c, key), bits_to(load_bytes(w + 256), 2 * c, i8(4), i4(3)))
 
 
 @inline
-def high6(w, c):
-    return either(high4(w, c), bits_to(load_bytes(w + 320), 2 * c, i8(4), i4(3)))
+def high6(w, c, key):
+    return either(high4(w, c, key), bits_to(load_bytes(w + 320), 2 * c, i8(4), i4(3)))
 
 
 @inline
@@ -91,12 +99,12 @@ def place6(w, r, column, q):
 
 
 @inline
-def low8(w, c):
+def low8(w, c, key):
     return load_bytes(w + 64 * c)
 
 
 @inline
-def high8(w, c):
+def high8(w, c, key):
     return load_bytes(w + 256 + 64 * c)
 
 
@@ -106,13 +114,23 @@ def place8(w, r, column, q):
 
 
 @inline
-def low_levels(w, c):
-    return level(low4(w, c))
+def low_levels(w, c, key):
+    return level(low4(w, c, key))
 
 
 @inline
-def high_levels(w, c):
-    return level(high4(w, c))
+def high_levels(w, c, key):
+    return level(high4(w, c, key))
+
+
+@inline
+def low_tables(w, c, key):
+    return level_of(low_nibbles_under(load_bytes(w + 64 * c), key))
+
+
+@inline
+def high_tables(w, c, key):
+    return level_of(high_nibbles_under(load_bytes(w + 64 * c), key))
 
 
 PLANES = {
@@ -121,4 +139,5 @@ PLANES = {
     6: Planes(384, low6, high6, place6),
     8: Planes(512, low8, high8, place8),
     "levels": Planes(256, low_levels, high_levels, place4),
+    "tables": Planes(256, low_tables, high_tables, place4),
 }

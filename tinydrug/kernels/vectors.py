@@ -18,7 +18,7 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, models, register_model
 
-from tinydrug.kernels.isa import ISA
+from tinydrug.kernels.isa import ISA, WIDE_LOOKUP
 
 LANES = 16  # lanes of 32 bits in every vector here
 ELEMENTS = {
@@ -396,6 +396,34 @@ def either(b, x, y):
     return b.or_(x, y)
 
 
+@op(B(B, B))
+def low_nibbles_under(b, x, upper):
+    """The low nibbles of x and the high ones of `upper`."""
+    return b.or_(b.and_(x, _const(B, 15)), b.and_(upper, _const(B, 0xF0)))
+
+
+@op(B(B, B))
+def high_nibbles_under(b, x, upper):
+    """The high nibbles of x, as low ones, and the high ones of `upper`."""
+    down = b.bitcast(b.lshr(b.bitcast(x, _llvm(I)), _const(I, 4)), _llvm(B))
+    return b.or_(b.and_(down, _const(B, 15)), b.and_(upper, _const(B, 0xF0)))
+
+
+@op(B(address))
+def load_byte_a_lane(b, p):
+    """16 bytes, each in all four bytes of its lane."""
+    few = _load(b, p, ir.VectorType(i8, LANES), 1)
+    pick = ir.Constant(ir.VectorType(i32, 4 * LANES), [k // 4 for k in range(4 * LANES)])
+    return b.shuffle_vector(few, ir.Constant(few.type, ir.Undefined), pick)
+
+
+@op(B(B))
+def next_pair(b, x):
+    """The two bits above, of bytes that are the same in all of a lane: every lane turned right by two."""
+    words = b.bitcast(x, _llvm(I))
+    return b.bitcast(b.or_(b.lshr(words, _const(I, 2)), b.shl(words, _const(I, 30))), _llvm(B))
+
+
 @op(B(B, address, address, s32))
 def bits_to(b, x, low, place, mask):
     """Of every byte, the bits `mask` (at bit 0) found at bit `low`, moved to bit `place`."""
@@ -456,6 +484,30 @@ def lookup(table):
     return entry
 
 
+def _lookup_64_vbmi(b, x, table):
+    return _call(b, "llvm.x86.avx512.permvar.qi.512", x.type, [ir.Constant(x.type, table), x])
+
+
+def _lookup_64_by_16(b, x, table):
+    """Where no instruction knows 64 entries: the upper bits of a number choose among four tables of 16."""
+    low, upper = b.and_(x, _const(B, 15)), b.and_(x, _const(B, 48))
+    found = _LOOKUP(b, low, table[:16])
+    for first in (16, 32, 48):
+        here = b.icmp_unsigned("==", upper, _const(B, first))
+        found = b.select(here, _LOOKUP(b, low, table[first : first + 16]), found)
+    return found
+
+
+def lookup_64(table, emit=_lookup_64_vbmi if WIDE_LOOKUP else _lookup_64_by_16):
+    """The op that replaces every byte by the entry its lower six bits number in this table of 64 bytes."""
+
+    @op(B(B))
+    def entry(b, x):
+        return emit(b, x, list(table))
+
+    return entry
+
+
 def _reduce(b, x, combine):
     """A fixed tree (8+8, 4+4, 2+2, 1+1): one order of summation on every machine."""
     n = x.type.count
@@ -505,15 +557,37 @@ def sum_each(b, p):
     return rows[0]
 
 
-@op(f32(F, F))
-def highest_magnitude(b, x, y):
-    """The greatest absolute value of all lanes; NaN if there is any: as integers, NaN are above infinity."""
+@op(void(address, address, address))
+def transpose(b, p, step, out):
+    """16 rows of 16 floats, `step` bytes apart at p -> their columns, 64 bytes apart at out."""
+    rows = [_load(b, b.add(p, b.mul(step, i64(r))), _llvm(F), 4) for r in range(LANES)]
+    n = LANES // 2
+    while n:  # rows r and r + n trade squares of n: the first's upper lanes for the second's lower ones
+        kept = [k if k % (2 * n) < n else LANES + k - n for k in range(LANES)]
+        traded = [k + n if k % (2 * n) < n else LANES + k for k in range(LANES)]
+        for r in [r for r in range(LANES) if r % (2 * n) < n]:
+            pair = rows[r], rows[r + n]
+            for at, pick in ((r, kept), (r + n, traded)):
+                rows[at] = b.shuffle_vector(*pair, ir.Constant(ir.VectorType(i32, LANES), pick))
+        n //= 2
+    for r, row in enumerate(rows):
+        _store(b, b.add(out, i64(64 * r)), row, 4)
 
-    def higher(p, q):
-        return b.select(b.icmp_signed(">", p, q), p, q)
 
-    magnitudes = (b.and_(b.bitcast(v, _llvm(I)), _const(I, 0x7FFFFFFF)) for v in (x, y))
-    return b.bitcast(_reduce(b, higher(*magnitudes), higher), ELEMENTS["f32"])
+def _higher_int(b, p, q):
+    return b.select(b.icmp_signed(">", p, q), p, q)
+
+
+@op(I(I, F))
+def higher_magnitude(b, top, x):
+    """The greater of each absolute value and top; as integers, NaN are above infinity, so they stay."""
+    return _higher_int(b, top, b.and_(b.bitcast(x, _llvm(I)), _const(I, 0x7FFFFFFF)))
+
+
+@op(f32(I))
+def highest_magnitude(b, top):
+    """The greatest lane of `higher_magnitude`."""
+    return b.bitcast(_reduce(b, top, lambda p, q: _higher_int(b, p, q)), ELEMENTS["f32"])
 
 
 @op(I(I, I))
@@ -653,6 +727,11 @@ tile_fma_panels_bf16 = _tile_fma_panels(_load_bfloats)
 @op(lambda t, *a: t(t, t))
 def tile_add(b, t, u):
     return _rowwise(b, t, lambda r, x: b.fadd(x, b.extract_value(u, r)))
+
+
+@op(lambda t, *a: t(t, t))
+def tile_add_ints(b, t, u):
+    return _rowwise(b, t, lambda r, x: b.add(x, b.extract_value(u, r)))
 
 
 @op(lambda t, *a: t(t, F))

@@ -13,10 +13,11 @@ import numpy as np
 
 from tinydrug.formats.config import Config
 from tinydrug.formats.weights import Weight, Weights, padded
-from tinydrug.kernels import activation, drift, embed, noise, norm, quantise, rope
+from tinydrug.kernels import activation, drift, embed, noise, norm, rope
 from tinydrug.kernels.attention import ATTEND
 from tinydrug.kernels.jit import Kernel
 from tinydrug.kernels.pack import FORMATS
+from tinydrug.kernels.quantise import QUANTISE, ROW_BYTES
 from tinydrug.kernels.tables import OP
 from tinydrug.models.rope import RopeTable
 from tinydrug.noise import SITES
@@ -78,7 +79,7 @@ class Program:
         self.steps: list[Step] = []
         self.row_bytes: list[int] = []  # of each slot
         self.hidden: list[Value] | None = None  # a list: hidden states are kept in these, layer by layer
-        self._quantised: dict[Value, Value] = {}
+        self._quantised: dict[tuple[Value, int], Value] = {}  # by group
         self._half = padded(config.head_dim) // 2  # floats of half a head, padded
         self.tables: list[np.ndarray] = []  # constant tables that values may stand for
         self._rotary: list[RopeTable] = []  # those that are computed as positions are reached
@@ -107,8 +108,8 @@ class Program:
     def linear(self, x: Value, name: str, onto: Value | None = None) -> Value:
         """x (T, K) -> (T, N), added to `onto` if given."""
         weight = self.weights[name]
-        if FORMATS[weight.format].quantised:
-            x = self._quantise(x)
+        if group := FORMATS[weight.format].group:
+            x = self._quantise(x, group)
         y = onto or self._value(weight.n, x.on_outputs)
         self._note(FORMATS[weight.format].linear, SHARED, x=x, y=y, weight=weight, onto=int(onto is not None))
         return y
@@ -246,12 +247,12 @@ class Program:
         )
         return y
 
-    def _quantise(self, x: Value) -> Value:
-        if x not in self._quantised:
-            q = self._value(x.width, x.on_outputs, int(x.width * quantise.ROW_BYTES))
-            self._quantised[x] = replace(q, private=True)
-            self._note(quantise.quantise, ROWS, x=x, y=self._quantised[x], width=x.width)
-        return self._quantised[x]
+    def _quantise(self, x: Value, group: int) -> Value:
+        if (x, group) not in self._quantised:
+            q = self._value(x.width, x.on_outputs, int(x.width * ROW_BYTES))
+            self._quantised[x, group] = replace(q, private=True)
+            self._note(QUANTISE[group], ROWS, x=x, y=self._quantised[x, group], width=x.width)
+        return self._quantised[x, group]
 
     def _note_rows(self, kernel, x: Value, **fields) -> Value:
         y = replace(x, private=True)
@@ -270,7 +271,7 @@ class Program:
         if "y" in operands:
             numbers["on_outputs"] = int(operands["y"].on_outputs)
             written = operands["y"].slot  # whatever was quantised from this memory is stale now
-            self._quantised = {x: q for x, q in self._quantised.items() if x.slot != written}
+            self._quantised = {key: q for key, q in self._quantised.items() if key[0].slot != written}
         self.steps.append(Step(kernel, split, tuple(reads), tuple(writes), operands, numbers, weight))
 
     # --- memory and barriers --------------------------------------------------------------------------------
