@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from bench.card import Row, run
 from bench.ours import Ours
-from bench.synthetic import gguf_model, scratch_folder
+from bench.synthetic import our_model, scratch_folder
 from tinydrug.engine.runtime import Part
 
 SEQUENCES = 8
@@ -21,7 +21,7 @@ SEQUENCES = 8
 def measure(args: argparse.Namespace) -> Iterable[Row]:
     with scratch_folder(args.scratch) as scratch:
         for spec in args.shape or ["llama-1.1b:q4"]:
-            with Ours(gguf_model(spec, scratch), args.threads, 2048) as ours:
+            with Ours(our_model(spec, scratch), args.threads, 2048) as ours:
                 ours.decode(args.n)
                 together, alone = [], []
                 for _ in range(args.rounds):

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from bench.card import Row, run
 from bench.ours import Ours
 from bench.peers import LlamaCpp
-from bench.synthetic import KINDS, gguf_model, scratch_folder
+from bench.synthetic import KINDS, gguf_model, our_model, scratch_folder
 
 PROCESSES = 2
 SETTLE = 0.3  # seconds until they run
@@ -26,11 +26,11 @@ SETTLE = 0.3  # seconds until they run
 def measure(args: argparse.Namespace) -> Iterable[Row]:
     with scratch_folder(args.scratch) as scratch:
         for spec in args.shape or ["smollm2-135m:q4"]:
-            gguf, speeds = gguf_model(spec, scratch), defaultdict(list)
-            with Ours(gguf, args.threads, 2048) as ours:
+            speeds = defaultdict(list)
+            with Ours(our_model(spec, scratch), args.threads, 2048) as ours:
                 contenders = {"ours": lambda ours=ours: ours.decode(4 * args.n)}
                 if args.llama_bench:
-                    peer = LlamaCpp(args.llama_bench, gguf, args.threads)
+                    peer = LlamaCpp(args.llama_bench, gguf_model(spec, scratch), args.threads)
                     contenders["theirs"] = lambda peer=peer: peer.speeds(0, max(4, args.n // 4))[1]
                 ours.decode(args.n)
                 for _ in range(args.rounds):

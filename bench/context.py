@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from bench.card import Row, run
 from bench.ours import Ours
 from bench.peers import LlamaCpp
-from bench.synthetic import KINDS, gguf_model, scratch_folder
+from bench.synthetic import KINDS, gguf_model, our_model, scratch_folder
 
 SHORT = 64  # tokens
 THEIR_ROUNDS = 2  # each reads the long context anew
@@ -23,14 +23,14 @@ def measure(args: argparse.Namespace) -> Iterable[Row]:
     n, long = min(args.n, 32), args.depth
     with scratch_folder(args.scratch) as scratch:
         for spec in args.shape or ["llama-1.1b:q4"]:
-            gguf, speeds = gguf_model(spec, scratch), defaultdict(list)
-            with Ours(gguf, args.threads, max(SHORT, long) + n) as ours:
+            speeds = defaultdict(list)
+            with Ours(our_model(spec, scratch), args.threads, max(SHORT, long) + n) as ours:
                 ours.decode(n, SHORT), ours.decode(n, long)
                 for i in range(args.rounds):
                     speeds[SHORT].append(ours.decode(n, SHORT))
                     speeds[long].append(ours.decode(n, long))
                     if args.llama_bench and i < THEIR_ROUNDS:
-                        peer = LlamaCpp(args.llama_bench, gguf, args.threads)
+                        peer = LlamaCpp(args.llama_bench, gguf_model(spec, scratch), args.threads)
                         speeds["theirs"].append(peer.speeds(0, n, long)[1])
             median = {key: statistics.median(values) for key, values in speeds.items()}
             figure = f"{spec} decode after {long}", median[long], "tokens/s"

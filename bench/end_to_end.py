@@ -2,6 +2,8 @@
 
     python -m bench.end_to_end --shape llama-1.1b:q4 --llama-bench PATH --openvino PYTHON --scratch FOLDER
 
+q4 is our own 4-bit form, held against llama.cpp's Q4_0 of about as many bytes; q4_0, q8: both read one file.
+
 In decode every token reads all weights once: memory is the bound, read in the same minute. In prefill 512
 tokens are read at once: arithmetic is. Figures are medians over rounds in which all take turns. llama.cpp
 computes the logits of the last position, OpenVINO those of all, and is held against ours of all. The 7B shape
@@ -21,9 +23,12 @@ from bench.limits import Limits
 from bench.ours import Ours
 from bench.peers import LlamaCpp, OpenVino, openvino_folder
 from bench.shapes import SHAPES
-from bench.synthetic import KINDS, gguf_model, scratch_folder
+from bench.synthetic import KINDS, gguf_model, our_model, scratch_folder
 
-DEFAULT = ["smollm2-135m:q4", "smollm2-135m:q8", "llama-1.1b:q4", "llama-1.1b:q8", "mistral-7b:q4"]
+DEFAULT = [
+    *(f"{name}:{kind}" for name in ("smollm2-135m", "llama-1.1b") for kind in ("q4", "q8", "q4_0")),
+    "mistral-7b:q4",
+]
 PREFILL = 2.3  # times llama.cpp: the target for every shape
 
 
@@ -51,7 +56,9 @@ def prepare(args: argparse.Namespace) -> None:
     """Make the models that `measure` needs, in args.scratch."""
     with scratch_folder(args.scratch) as scratch:
         for spec in args.shape or DEFAULT:
-            gguf_model(spec, scratch)
+            our_model(spec, scratch)
+            if args.llama_bench:
+                gguf_model(spec, scratch)
             _openvino_folders(spec, args, scratch)
 
 
@@ -64,13 +71,14 @@ def measure(args: argparse.Namespace) -> Iterable[Row]:
 
 def _measure_model(spec: str, args, limits: Limits, scratch) -> Iterable[Row]:
     name, kind = spec.split(":")
-    goal, gguf = GOALS[name], gguf_model(spec, scratch)
+    goal = GOALS[name]
     p, n = min(args.p, goal.p), min(args.n, goal.n)
     figures = defaultdict(list)
     with ExitStack() as stack:
-        ours = stack.enter_context(Ours(gguf, args.threads, 2048))
+        ours = stack.enter_context(Ours(our_model(spec, scratch), args.threads, 2048))
         theirs = {}
         if args.llama_bench:
+            gguf = gguf_model(spec, scratch)
             theirs[f"llama.cpp {KINDS[kind]}"] = LlamaCpp(args.llama_bench, gguf, args.threads)
         for weights, folder in _openvino_folders(spec, args, scratch).items():
             peer = stack.enter_context(OpenVino(args.openvino, folder, args.threads))

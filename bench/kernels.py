@@ -21,7 +21,7 @@ from bench.card import card, described, read_flags, show
 from bench.limits import Limits
 from bench.ours import Ours
 from bench.shapes import SHAPES, Shape
-from bench.synthetic import gguf_model, scratch_folder
+from bench.synthetic import our_model, scratch_folder
 from tinydrug.cli.bench import turn_to
 from tinydrug.formats.config import Config
 from tinydrug.formats.tensor import KINDS as BLOCK
@@ -202,7 +202,7 @@ def measure(args: argparse.Namespace) -> dict:
     with scratch_folder(args.scratch) as scratch:
         spec = specs[-1]
         shape = SHAPES[spec.partition(":")[0]]
-        with Ours(gguf_model(spec, scratch), args.threads, args.depth + 1) as ours:
+        with Ours(our_model(spec, scratch), args.threads, args.depth + 1) as ours:
             run = Pass(ours, shape)
             for tokens, depth in ((1, args.depth), (min(args.p, args.depth), 0)):
                 case = f"{spec}, {tokens} after {depth}"

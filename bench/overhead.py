@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench.card import Row, run
 from bench.ours import Ours
-from bench.synthetic import gguf_model, scratch_folder
+from bench.synthetic import our_model, scratch_folder
 from tinydrug.noise.laws import LAWS
 
 SHORT = 512  # tokens
@@ -31,19 +31,19 @@ def measure(args: argparse.Namespace) -> Iterable[Row]:
     depths = sorted({min(SHORT, args.depth), args.depth})
     with scratch_folder(args.scratch) as scratch:
         for spec in args.shape or ["smollm2-135m:q4"]:
-            gguf = gguf_model(spec, scratch)
+            model = our_model(spec, scratch)
             for depth in depths:
-                for site, law, drugged, sober in _times(gguf, depth, args):
+                for site, law, drugged, sober in _times(model, depth, args):
                     target = TARGETS[site][law][depth > SHORT]
                     what = f"{spec} {site} {law} after {depth}"
                     yield Row(what, 1e3 * drugged, "ms/token", "sober", 1e3 * sober, most=target)
 
 
-def _times(gguf: Path, depth: int, args: argparse.Namespace) -> Iterable[tuple[str, str, float, float]]:
+def _times(model: Path, depth: int, args: argparse.Namespace) -> Iterable[tuple[str, str, float, float]]:
     """Median seconds of a token under each drug, and of one without: (site, law, drugged, sober).
 
     Two engines: each chooses how many threads to use by how long its own tokens take."""
-    with Ours(gguf, args.threads, depth + TURN) as one, Ours(gguf, args.threads, depth + TURN) as other:
+    with Ours(model, args.threads, depth + TURN) as one, Ours(model, args.threads, depth + TURN) as other:
         for site, law in product(TARGETS, READ):
             drug = f"{site}:0.05{LAWS[law].mark}"
             one.token_seconds(TURN, depth, drug)  # compiles the law, and settles

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.card import Row, run
-from bench.synthetic import gguf_model, scratch_folder
+from bench.synthetic import our_model, scratch_folder
 
 ROOT = Path(__file__).parent.parent
 DEFAULT = ["mistral-7b:q4"]
@@ -44,13 +44,13 @@ def prepare(args: argparse.Namespace) -> None:
     """Make the models that `measure` needs, in args.scratch."""
     with scratch_folder(args.scratch) as scratch:
         for spec in args.shape or DEFAULT:
-            _packed_model(spec, scratch)
+            our_model(spec, scratch)
 
 
 def measure(args: argparse.Namespace) -> Iterable[Row]:
     with scratch_folder(args.scratch) as scratch:
         for spec in args.shape or DEFAULT:
-            folder = _packed_model(spec, scratch)
+            folder = our_model(spec, scratch)
             nbytes = sum(file.stat().st_size for file in folder.iterdir())
             runs = [_run(folder, args.threads) for _ in range(1 + args.rounds)][
                 1:
@@ -59,15 +59,6 @@ def measure(args: argparse.Namespace) -> Iterable[Row]:
             yield Row(f"{spec} start to first token, packed", first, "s", most=3)
             bound = (1.1 * nbytes + runs[0]["cache"]) / 1e9
             yield Row(f"{spec} resident at most", peak / 1e9, "GB", "packed + 10 % + cache", bound, most=1)
-
-
-def _packed_model(spec: str, scratch: Path) -> Path:
-    """Its folder, made if it is not there."""
-    gguf = gguf_model(spec, scratch)
-    folder = scratch / f"{gguf.stem}-packed"
-    if not folder.exists():
-        _python("cli.py", "quantize", gguf, "--quant", "none", "-q", "-o", folder)
-    return folder
 
 
 def _run(folder: Path, threads: int) -> dict:

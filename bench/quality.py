@@ -5,9 +5,9 @@
 The weights are those of the default model, in float32: its 4 bits are blurred within their steps by uniform
 noise, or whatever has the same levels would find them again. llama.cpp (llama-quantize and llama-perplexity,
 beside llama-bench) makes Q8_0, Q4_0, IQ4_NL and Q4_K_M of them; in Q4_K_M, rows that 256 does not divide have
-5 and 8 bits. Texts are pieces of 512 tokens, of which the second halves are scored, as llama-perplexity does it. The
-KL is that of each engine's own float32 from its quantised weights, in nats a token; "same top" is the share
-of tokens whose likeliest successor stays.
+5 and 8 bits. Texts are pieces of 512 tokens; second halves are scored, as llama-perplexity does it. The KL is
+that of each engine's own float32 from its quantised weights, in nats a token; "same top" is the share of
+tokens whose likeliest successor stays.
 """
 
 import argparse

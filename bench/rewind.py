@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from bench.card import Row, run
 from bench.ours import Ours
-from bench.synthetic import gguf_model, scratch_folder
+from bench.synthetic import our_model, scratch_folder
 
 TARGETS = {64: 0.9, 420: None}  # tokens between two rewinds: least share of the speed without
 DRUG = "A:0.1"
@@ -24,7 +24,7 @@ def measure(args: argparse.Namespace) -> Iterable[Row]:
     with scratch_folder(args.scratch) as scratch:
         for spec in args.shape or ["smollm2-135m:q4"]:
             speeds = defaultdict(list)
-            with Ours(gguf_model(spec, scratch), args.threads, 2048) as ours:
+            with Ours(our_model(spec, scratch), args.threads, 2048) as ours:
                 for _ in range(args.rounds):
                     for every in (0, *TARGETS):
                         speeds[every].append(_decode(ours.engine, n, every))

@@ -11,6 +11,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quant_shape_to_byte_shape
 
+import tinydrug
 from bench.shapes import SHAPES, Shape
 
 GGUF_NAMES = {
@@ -22,7 +23,7 @@ GGUF_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-KINDS = {"q4": "Q4_0", "q8": "Q8_0"}
+KINDS = {"q4": "Q4_0", "q4_0": "Q4_0", "q8": "Q8_0"}  # of a spec -> of the GGUF that peers run
 BLOCKS = {"Q8_0": (34, 127.0), "Q4_0": (18, 8.0)}  # bytes of a block of 32, and what its largest value is
 POOL = 1 << 24  # random numbers that are used over and over
 
@@ -47,6 +48,18 @@ def gguf_model(spec: str, scratch: Path) -> Path:
         write_gguf(SHAPES[name], KINDS[kind], partial)
         partial.rename(path)
     return path
+
+
+def our_model(spec: str, scratch: Path) -> Path:
+    """What we run for `NAME:KIND`: for q4 what `--quant q4` makes of bf16, packed; else the peers' GGUF."""
+    name, _, kind = spec.partition(":")
+    if kind != "q4":
+        return gguf_model(spec, scratch)
+    folder = scratch / f"{name}-q4"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=scratch) as source:
+            tinydrug.quantize(write_safetensors(SHAPES[name], Path(source) / name), quant="q4", output=folder)
+    return folder
 
 
 def write_gguf(shape: Shape, kind: str, path: Path) -> Path:

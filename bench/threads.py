@@ -13,15 +13,15 @@ from contextlib import ExitStack
 
 from bench.card import Row, run
 from bench.ours import Ours
-from bench.synthetic import gguf_model, scratch_folder
+from bench.synthetic import our_model, scratch_folder
 
 
 def measure(args: argparse.Namespace) -> Iterable[Row]:
     counts = sorted({1 << i for i in range(args.threads.bit_length())} | {args.threads})
     with scratch_folder(args.scratch) as scratch, ExitStack() as stack:
         for spec in args.shape or ["smollm2-135m:q4"]:
-            gguf, speeds = gguf_model(spec, scratch), defaultdict(list)
-            engines = {count: stack.enter_context(Ours(gguf, count, 2048)) for count in counts}
+            model, speeds = our_model(spec, scratch), defaultdict(list)
+            engines = {count: stack.enter_context(Ours(model, count, 2048)) for count in counts}
             for _ in range(args.rounds):
                 for count, ours in engines.items():
                     speeds[f"decode {args.n}", count].append(ours.decode(args.n))
