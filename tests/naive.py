@@ -247,7 +247,7 @@ def int8(x: np.ndarray, group: int) -> np.ndarray:
     return rounded.reshape(len(x), -1)[:, : x.shape[1]]
 
 
-SHRINKS = np.float32([1, 0.84, 0.7, 0.58])  # of the levels, in the tables of q4_128
+SHRINKS = np.float32([1, 0.85, 0.68, 0.5])  # of the levels, in the tables of q4_128
 TABLES = np.rint(np.float32(LEVELS) * SHRINKS[:, None])  # (4, 16)
 
 
@@ -267,16 +267,16 @@ def _rounded_group(x: np.ndarray) -> np.ndarray:
         q = _by_tables(x * end / extreme, 1)
         found.append((np.square(x - (q @ x / (q @ q)) * q).sum(), q @ x / (q @ q)))
     scale = np.float64(np.float16(min(found)[1]))
-    return scale * _by_tables(x / scale if scale else x, 2)
+    return scale * _by_tables(x / scale if scale else x, 3)
 
 
 def _by_tables(x: np.ndarray, tables: int) -> np.ndarray:
-    """Every 16 numbers in the smallest table that reaches about as far; of two tables, that or the next, by
-    squares of errors."""
-    blocks = x.reshape(-1, 16)
+    """Every 8 numbers in the smallest table that reaches about as far, or one before it: of so many, by squares
+    of errors."""
+    blocks = x.reshape(-1, 8)
     reach = np.maximum(blocks.max(-1) / 113, blocks.min(-1) / -127) / 1.1
     first = np.maximum((SHRINKS >= reach[:, None]).sum(-1) - 1, 0)
-    numbers = np.abs(x.reshape(-1, 1, 16, 1) / SHRINKS[:, None, None] - LEVELS).argmin(-1)  # (n, 4, 16)
+    numbers = np.abs(x.reshape(-1, 1, 8, 1) / SHRINKS[:, None, None] - LEVELS).argmin(-1)  # (n, 4, 8)
     q = np.take_along_axis(np.broadcast_to(TABLES, (len(numbers), 4, 16)), numbers, 2)
     errors = np.square(q - blocks[:, None]).sum(-1)
     back = first[:, None] - np.arange(4)  # how many tables before the smallest

@@ -150,11 +150,11 @@ def unpacked_128(loaded: Weights, name: str) -> np.ndarray:
     panels, blocks, _ = data.shape
     quads = data.reshape(panels, blocks, 4, 16, 4)  # of columns 0 .. 15 in low nibbles, 16 .. 31 in high ones
     numbers = np.stack([quads & 15, quads >> 4], 2).transpose(0, 4, 1, 2, 3, 5)  # panel, row, block, half
-    numbers = numbers.reshape(panels, 16, blocks, 2, 16)
-    keys = np.repeat(scales[..., 32:].reshape(panels, -1, 2, 16), 4, 1)[:, :blocks]  # panel, block, half, row
-    shifts = np.array([4, 6, 0, 2])[np.arange(blocks) % 4, None, None]
-    tables = (keys.transpose(0, 3, 1, 2) >> shifts.transpose(1, 0, 2)) & 3
-    factors = np.repeat(scales[..., :32].copy().view("<f2"), 4, 1)[:, :blocks].transpose(0, 2, 1)
+    numbers = numbers.reshape(panels, 16, blocks, 4, 8)
+    groups = scales[: panels * -(-blocks // 4) * 96].reshape(panels, -1, 96)
+    keys = groups[..., 32:].reshape(panels, -1, 16)[:, :blocks].transpose(0, 2, 1)  # panel, row, block
+    tables = keys[..., None] >> np.array([4, 6, 0, 2]) & 3
+    factors = np.repeat(groups[..., :32].copy().view("<f2"), 4, 1)[:, :blocks].transpose(0, 2, 1)
     values = naive.TABLES[tables[..., None], numbers] * factors.astype(np.float64)[..., None, None]
     return values.reshape(panels * 16, blocks * 32)
 
@@ -654,7 +654,7 @@ def test_every_packer(kind, name):
 
 
 @pytest.mark.parametrize("size", [1e-3, 1, 300])
-@pytest.mark.parametrize(("tails", "least"), [(1000, 0.23), (4, 0.31)])
+@pytest.mark.parametrize(("tails", "least"), [(1000, 0.33), (4, 0.45)])
 def test_levels_leave_less_error_than_even_steps(tails, least, size):
     """Squares, against those of ggml's q4_0, which takes more bytes."""
     w = (size * RNG(6).standard_t(tails, (16, 2048))).astype(np.float32)

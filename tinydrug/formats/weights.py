@@ -14,7 +14,7 @@ from tinydrug.errors import BadModelFile, ConfigError
 from tinydrug.formats.packed import Layout, Packed
 from tinydrug.formats.tensor import Tensor
 from tinydrug.kernels.checksum import digest
-from tinydrug.kernels.memory import aligned, arena, nbytes
+from tinydrug.kernels.memory import LINE, aligned, arena, nbytes
 from tinydrug.kernels.pack import FORMATS, PACKERS, SOURCE, scratch_bytes
 from tinydrug.kernels.tables import PAD, PANEL, WEIGHT
 
@@ -271,8 +271,8 @@ def _areas(need: Need, weight: Weight) -> Layout:
         layout, blocks = FORMATS[weight.format], (weight.n // PANEL, weight.k // PAD)
         areas = {"data": (np.uint8, (*blocks, layout.panel_bytes))}
         if layout.group:
-            groups = -(-weight.k // layout.group)
-            areas["scales"] = (np.uint8, (weight.n // PANEL, groups, layout.scale_bytes))
+            groups = weight.n // PANEL * -(-weight.k // layout.group)
+            areas["scales"] = (np.uint8, (padded(groups * layout.scale_bytes, LINE),))
     if need.bias:
         areas["bias"] = (np.float32, (weight.n if need.role == "matrix" else weight.k,))
     return {f"{weight.name}.{part}": what for part, what in areas.items()}

@@ -9,12 +9,12 @@ to their planes (planes.py), scales and minima lie beside them, one a row of the
     q4_k, q5_k         [8 blocks: [8][16] u8, [8][16] u8, [16] f16, [16] f16]: 6-bit scales and minima, what
                        to multiply each with (minima are subtracted)
     q6_k               [8 blocks: [16][16] i8, [16] f16]: a scale for every 16 columns, what to multiply with
-    q4_128             [4 blocks: [16] f16, [16] u8, [16] u8]: scales; the keys of columns 0 .. 15 of each
-                       block, of columns 16 .. 31: two bits a block, at bits 4, 6, 0 and 2
+    q4_128             [4 blocks: [16] f16, [4][16] u8]: scales; keys of each block, two bits for every 8
+                       columns, at bits 4, 6, 0 and 2
 
-Formulas: ggml-quants.c, dequantize_row_*. q4_128 is what `--quant q4` makes, 4.25 bits a weight: 128 columns
-share a scale, so that integers are added up four times as far; and every 16 columns choose one of four tables
-of levels, the small ones one of small levels. Tables hold integers: choosing costs no arithmetic.
+Formulas: ggml-quants.c, dequantize_row_*. q4_128 is what `--quant q4` makes, 4.375 bits a weight: 128 columns
+share a scale, so that integers are added up four times as far; and every 8 columns choose one of four tables,
+the small ones one of small levels. Tables hold integers: choosing costs no arithmetic.
 """
 
 from typing import NamedTuple
@@ -39,13 +39,8 @@ f4, i8 = np.float32, np.int64
 
 
 @inline
-def no_keys(s, g):
-    return i8(0), i8(0)
-
-
-@inline
-def same(key):
-    return key
+def no_keys(s, g, b):
+    return i8(0), i8(0), i8(0), i8(0)
 
 
 class Blocks(NamedTuple):
@@ -60,8 +55,7 @@ class Blocks(NamedTuple):
     integer: object  # (row of a file, column) -> the stored integer; None: no file has it
     copy_scales: object  # (row of a file, block, row of the panel, scales of the panel)
     group: int = 32  # columns that share a scale and a minimum
-    keys: object = no_keys  # (scales of the panel, group) -> keys of the first block's planes
-    next_keys: object = same  # keys -> those of the next block
+    keys: object = no_keys  # (scales of the panel, group, block of it) -> for the planes: of each 8 columns
 
 
 # --- one f16 scale a block; perhaps a minimum ---------------------------------------------------------------
@@ -195,10 +189,18 @@ def copy_scales_q6_k(row, b, r, scales):
     store_u16(s + 256 + 2 * r, load_u16(block + 208))
 
 
-# --- 128: four blocks share a scale, and every 16 columns choose their table --------------------------------
+# --- 128: four blocks share a scale, and every 8 columns choose their table ---------------------------------
 @inline
-def keys_128(s, g):
-    return load_byte_a_lane(s + 64 * g + 32), load_byte_a_lane(s + 64 * g + 48)
+def scale_128(s, g):
+    return load_halves(s + 96 * g)
+
+
+@inline
+def keys_128(s, g, b):
+    first = load_byte_a_lane(s + 96 * g + 32 + 16 * b)
+    second = next_pair(first)
+    third = next_pair(second)
+    return first, second, third, next_pair(third)
 
 
 BLOCKS = {
@@ -211,5 +213,5 @@ BLOCKS = {
     "q4_k": Blocks(PLANES[4], 0, 40, scale_k, minimum_k, None, _nibble_k(144, 16), _copy_scales_k(144)),
     "q5_k": Blocks(PLANES[5], 0, 40, scale_k, minimum_k, None, integer_q5_k, _copy_scales_k(176)),
     "q6_k": Blocks(PLANES[6], 32, 36, scale_q6_k, None, second_scale_q6_k, integer_q6_k, copy_scales_q6_k),
-    "q4_128": Blocks(PLANES["tables"], 128, 64, scale_2, None, None, None, None, 128, keys_128, next_pair),
+    "q4_128": Blocks(PLANES["tables"], 128, 96, scale_128, None, None, None, None, 128, keys_128),
 }

@@ -120,7 +120,7 @@ def panels_together(k):
 def _block_linear(name, blocks):
     """The kernel of a quantised format; activations come as int8."""
     low, high, scale, minimum = blocks.planes.low, blocks.planes.high, blocks.scale, blocks.minimum
-    keys, next_keys, group, many = blocks.keys, blocks.next_keys, blocks.group, blocks.group // 32
+    keys, group, many = blocks.keys, blocks.group, blocks.group // 32
     second, offset, block_bytes, scale_bytes = (
         blocks.second_scale,
         blocks.offset,
@@ -144,15 +144,15 @@ def _block_linear(name, blocks):
         return tile_splat_ints(zeros, sums, stride, i4(shift)) if offset else tile_ints(zeros)
 
     @inline
-    def dots_low(dots, w, key, x, stride):
+    def dots_low(dots, w, key, other, x, stride):
         for c in range(4):
-            dots = tile_dot4(dots, low(w, c, key), x + 4 * c, stride)
+            dots = tile_dot4(dots, low(w, c, key if c < 2 else other), x + 4 * c, stride)
         return dots
 
     @inline
-    def dots_high(dots, w, key, x, stride):
+    def dots_high(dots, w, key, other, x, stride):
         for c in range(4):
-            dots = tile_dot4(dots, high(w, c, key), x + 16 + 4 * c, stride)
+            dots = tile_dot4(dots, high(w, c, key if c < 2 else other), x + 16 + 4 * c, stride)
         return dots
 
     @inline
@@ -168,11 +168,11 @@ def _block_linear(name, blocks):
         def add_group(acc, w, s, g, columns, x, k, stride, ahead):
             if ahead:
                 ask(w)
-            key, other = keys(s, g)
+            key, key_8, key_16, key_24 = keys(s, g, 0)
             scales, sums = scales_of(x, k) + 4 * g, half_sums_of(x, k) + 8 * g
-            dots = dots_low(start(acc, sums, stride), w, key, columns, stride)
+            dots = dots_low(start(acc, sums, stride), w, key, key_8, columns, stride)
             acc = tile_scale_add(acc, dots, scale(s, g), scales, stride)
-            dots = dots_high(start(acc, sums + 4, stride), w, other, columns, stride)
+            dots = dots_high(start(acc, sums + 4, stride), w, key_16, key_24, columns, stride)
             return tile_scale_add(acc, dots, second(s, g), scales, stride)
 
         @inline
@@ -193,14 +193,14 @@ def _block_linear(name, blocks):
 
         @inline
         def add_group(acc, w, s, g, columns, x, k, stride, ahead):
-            key, other = keys(s, g)
             dots, others = start(acc, sums_of(x, k) + 4 * g, stride), tile_ints(acc)
-            for _ in range(blocks_of(g, k)):
+            for b in range(blocks_of(g, k)):
                 if ahead:
                     ask(w)
-                dots = dots_low(dots, w, key, columns, stride)
-                others = dots_high(others, w, other, columns, stride)
-                key, other, w, columns = next_keys(key), next_keys(other), w + block_bytes, columns + 32
+                key, key_8, key_16, key_24 = keys(s, g, b)
+                dots = dots_low(dots, w, key, key_8, columns, stride)
+                others = dots_high(others, w, key_16, key_24, columns, stride)
+                w, columns = w + block_bytes, columns + 32
             dots = tile_add_ints(dots, others)
             acc = tile_scale_add(acc, dots, scale(s, g), scales_of(x, k) + 4 * g, stride)
             if minimum is not None:
@@ -232,7 +232,8 @@ def _block_linear(name, blocks):
         for g in range(groups):
             at = data + many * block_bytes * g
             if ahead:
-                prefetch(s + scale_bytes * g + AHEAD * scale_bytes // (many * block_bytes))
+                for j in range(0, scale_bytes, 64):
+                    prefetch(s + scale_bytes * g + AHEAD * scale_bytes // (many * block_bytes) + j)
             acc = add_group(acc, at, s, g, x + group * g, x, w.k, op.x.stride, ahead)
         finish(acc, w.bias + 64 * p if w.bias != 0 else i8(0), op.onto != 0, y + 64 * p, op.y.stride)
 
@@ -241,12 +242,14 @@ def _block_linear(name, blocks):
         """Panel p -> signed bytes [k/4][16][4]."""
         groups, block = groups_of(w.k), w.data + p * (w.k // 32) * block_bytes
         for g in range(groups):
-            key, other = keys(w.scales + p * groups * scale_bytes, g)
-            for _ in range(blocks_of(g, w.k)):
+            for b in range(blocks_of(g, w.k)):
+                key, key_8, key_16, key_24 = keys(w.scales + p * groups * scale_bytes, g, b)
                 for c in range(4):
-                    store_bytes(out + 64 * c, subtract_bytes(low(block, c, key), i4(offset)))
-                    store_bytes(out + 256 + 64 * c, subtract_bytes(high(block, c, other), i4(offset)))
-                key, other, block, out = next_keys(key), next_keys(other), block + block_bytes, out + 512
+                    quad = low(block, c, key if c < 2 else key_8)
+                    store_bytes(out + 64 * c, subtract_bytes(quad, i4(offset)))
+                    quad = high(block, c, key_16 if c < 2 else key_24)
+                    store_bytes(out + 256 + 64 * c, subtract_bytes(quad, i4(offset)))
+                block, out = block + block_bytes, out + 512
 
     @inline
     def tile_amx(w, p, onto, x, panel, products, y, y_stride):

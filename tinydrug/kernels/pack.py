@@ -18,6 +18,7 @@ from tinydrug.kernels.structs import Struct
 from tinydrug.kernels.tables import GATHER
 from tinydrug.kernels.vectors import (
     absolute,
+    between,
     floats,
     fma,
     get_byte,
@@ -53,7 +54,7 @@ f4, i4, i8 = np.float32, np.int32, np.int64
 SHRINKS = tuple(map(f4, SHRINKS))
 OVER = 1.1  # how far beyond a table's last level a value may be, for that table to be tried
 ENDS = tuple(map(f4, (-127, 113, -137, 121)))  # what the largest value of a group is tried as
-EDGES = tuple(f4((low + high) / 2) for low, high in zip(LEVELS[:-1], LEVELS[1:], strict=True))
+EDGES = tuple((low + high) / 2 for low, high in zip(LEVELS[:-1], LEVELS[1:], strict=True))
 
 SOURCE = Struct(
     "Source",
@@ -116,21 +117,7 @@ def write_q8_0(row, r, k, data, scales, scratch):
             store_i32(data + 512 * b + 64 * c + 4 * r, load_i32(scratch + 4 * c))
 
 
-def _nearest(entries):
-    """16 floats in units of a scale -> of these entries, those of the nearest levels."""
-    entries = tuple(map(f4, entries))
-
-    @inline
-    def nearest(x):
-        y = floats(entries[0])
-        for i in range(15):
-            y = select(x > EDGES[i], floats(entries[i + 1]), y)
-        return y
-
-    return nearest
-
-
-nearest_levels, nearest_numbers = _nearest(LEVELS), _nearest(range(16))
+nearest_levels, nearest_numbers = between(EDGES, LEVELS), between(EDGES, range(16))  # in units of a scale
 
 
 @inline
@@ -146,11 +133,11 @@ def shrink_of(table):
 
 @inline
 def try_table(columns, inverse, table):
-    """16 columns, times inverse in units of a scale -> sums over the nearest levels q of the values v: of the
+    """8 columns, times inverse in units of a scale -> sums over the nearest levels q of the values v: of the
     squares of errors, of qv and of qq. A lane is a row."""
     shrink, larger = shrink_of(table)
     errors, along, square = floats(f4(0.0)), floats(f4(0.0)), floats(f4(0.0))
-    for c in range(16):
+    for c in range(8):
         v = load(columns + 64 * c)
         q = round_even(nearest_levels(v * inverse * larger) * shrink)
         error = q - v * inverse
@@ -160,9 +147,9 @@ def try_table(columns, inverse, table):
 
 @inline
 def smallest_table(columns, inverse):
-    """The number of the smallest table that reaches about as far as 16 columns do. A lane is a row."""
+    """The number of the smallest table that reaches about as far as 8 columns do. A lane is a row."""
     reach, table = floats(f4(0.0)), floats(f4(0.0))
-    for c in range(16):
+    for c in range(8):
         x = load(columns + 64 * c) * inverse
         reach = higher(higher(x * f4(1 / LEVELS[15]), x * f4(1 / LEVELS[0])), reach)
     for t in range(1, 4):
@@ -172,12 +159,14 @@ def smallest_table(columns, inverse):
 
 @inline
 def best_table(columns, inverse):
-    """The smallest table, or the next, if that leaves 16 columns less error."""
-    small = smallest_table(columns, inverse)
-    large = higher(small - f4(1.0), floats(f4(0.0)))
-    error, _, _ = try_table(columns, inverse, small)
-    other, _, _ = try_table(columns, inverse, large)
-    return select(error < other, small, large)
+    """The smallest table, or one of the two before it that leaves 8 columns less error."""
+    best = table = smallest_table(columns, inverse)
+    least, _, _ = try_table(columns, inverse, best)
+    for _ in range(2):
+        table = higher(table - f4(1.0), floats(f4(0.0)))
+        error, _, _ = try_table(columns, inverse, table)
+        best, least = select(error < least, table, best), select(error < least, error, least)
+    return best
 
 
 @inline
@@ -193,7 +182,7 @@ def write_q4_128(row, r, k, data, scales, scratch):
     if r < 15:
         return
     for g in range((k + 127) // 128):
-        width, at = min(128, k - 128 * g), scales + 64 * g
+        width, at = min(128, k - 128 * g), scales + 96 * g
         for c in range(0, width, 16):
             transpose(rows + 4 * (128 * g + c), 4 * k, columns + 64 * c)
         high, low = load(columns), load(columns) * f4(-1.0)
@@ -205,7 +194,7 @@ def write_q4_128(row, r, k, data, scales, scratch):
         for end in ENDS:
             inverse = select(absolute(top) > f4(0.0), floats(end) / top, best * f4(0.0))
             along, square = floats(f4(0.0)), floats(f4(0.0))
-            for c in range(0, width, 16):
+            for c in range(0, width, 8):
                 table = smallest_table(columns + 64 * c, inverse)
                 _, more, squares = try_table(columns + 64 * c, inverse, table)
                 along, square = along + more, square + squares
@@ -215,24 +204,23 @@ def write_q4_128(row, r, k, data, scales, scratch):
         store_halves(at, scale)
         scale = load_halves(at)
         inverse = select(absolute(scale) > f4(0.0), floats(f4(1.0)) / scale, floats(f4(0.0)))
-        key, other_key = ints(i4(0)), ints(i4(0))
         for b in range(width // 32):
-            first = columns + 64 * 32 * b
-            table, other = best_table(first, inverse), best_table(first + 64 * 16, inverse)
-            place = i4(4 + 2 * b & 7)
-            key = key | shift_left(to_ints(table), place)
-            other_key = other_key | shift_left(to_ints(other), place)
-            unit, other_unit = inverse * shrink_of(table)[1], inverse * shrink_of(other)[1]
-            for c in range(4):
-                quad = ints(i4(0))
-                for i in range(4):
-                    v = first + 64 * (4 * c + i)
-                    number = to_ints(nearest_numbers(load(v) * unit))
-                    other_number = to_ints(nearest_numbers(load(v + 64 * 16) * other_unit))
-                    quad = quad | shift_left(number | shift_left(other_number, i4(4)), i4(8 * i))
-                store_ints(data + 256 * (4 * g + b) + 64 * c, quad)
-        store_low_bytes(at + 32, key)
-        store_low_bytes(at + 48, other_key)
+            first, key = columns + 64 * 32 * b, ints(i4(0))
+            for half in range(2):  # columns 8 half .. 8 half + 7, and those 16 further
+                at_low = first + 64 * 8 * half
+                table, other = best_table(at_low, inverse), best_table(at_low + 64 * 16, inverse)
+                key = key | shift_left(to_ints(table), i4(4 + 2 * half))
+                key = key | shift_left(to_ints(other), i4(2 * half))
+                unit, other_unit = inverse * shrink_of(table)[1], inverse * shrink_of(other)[1]
+                for c in range(2):
+                    quad = ints(i4(0))
+                    for i in range(4):
+                        v = at_low + 64 * (4 * c + i)
+                        number = to_ints(nearest_numbers(load(v) * unit))
+                        other_number = to_ints(nearest_numbers(load(v + 64 * 16) * other_unit))
+                        quad = quad | shift_left(number | shift_left(other_number, i4(4)), i4(8 * i))
+                    store_ints(data + 256 * (4 * g + b) + 64 * (2 * half + c), quad)
+            store_low_bytes(at + 32 + 16 * b, key)
 
 
 # --- packers ------------------------------------------------------------------------------------------------
@@ -308,7 +296,7 @@ def _gather_blocks(name, blocks):
     low, high, scale, offset = blocks.planes.low, blocks.planes.high, blocks.scale, blocks.offset
     minimum, second = blocks.minimum, blocks.second_scale or blocks.scale
     block_bytes, scale_bytes, group = blocks.planes.nbytes, blocks.scale_bytes, blocks.group
-    keys, next_keys = blocks.keys, blocks.next_keys
+    keys = blocks.keys
     if minimum is None:
 
         @inline
@@ -326,11 +314,10 @@ def _gather_blocks(name, blocks):
                 get_lane(second(s, g), r),
                 get_lane(minimum(s, g), r),
             )
-            key, next_key = keys(s, g)
-            for _ in range(b % (group // 32)):
-                key, next_key = next_keys(key), next_keys(next_key)
+            key, key_8, key_16, key_24 = keys(s, g, b % (group // 32))
             for c in range(4):
-                quad, next_quad = low(w, c, key), high(w, c, next_key)
+                quad = low(w, c, key if c < 2 else key_8)
+                next_quad = high(w, c, key_16 if c < 2 else key_24)
                 for i in range(4):
                     q, next_q = get_byte(quad, 4 * r + i), get_byte(next_quad, 4 * r + i)
                     store_f32(to + 16 * c + 4 * i, first * f4(q - offset) + least)

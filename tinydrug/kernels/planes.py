@@ -8,8 +8,7 @@
     5 bits   4 bits, then [16][4]: the fifth bit of quad c is bit c
     6 bits   4 bits, then [2][16][4]: the upper two bits of quad c, and of c + 4, are bits 2c and 2c + 1
     levels   4 bits, the number of one of 16 levels; bytes are that level + 128
-    tables   4 bits, the number of one of 16 levels in one of four tables, which one the key says: a byte for
-             all 16 columns of a row
+    tables   4 bits, the number of one of 16 levels in one of four tables: the one bits 4 and 5 of a key say
 """
 
 from typing import NamedTuple
@@ -34,7 +33,7 @@ from tinydrug.kernels.vectors import (
 i4, i8 = np.int32, np.int64
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of ggml's iq4_nl
 level = lookup([q + 128 for q in LEVELS])
-SHRINKS = (1.0, 0.84, 0.7, 0.58)  # of the levels, in each of four tables
+SHRINKS = (1.0, 0.85, 0.68, 0.5)  # of the levels, in each of four tables
 TABLES = tuple(int(np.rint(np.float32(q) * np.float32(shrink))) for shrink in SHRINKS for q in LEVELS)
 level_of = lookup_64([q + 128 for q in TABLES])
 
@@ -43,8 +42,8 @@ class Planes(NamedTuple):
     """How integers of so many bits lie in a block of a panel."""
 
     nbytes: int  # of a block
-    low: object  # (block, c, key of columns 0 .. 15) -> quad c < 4, unsigned bytes
-    high: object  # (block, c, key of columns 16 .. 31) -> quad c + 4
+    low: object  # (block, c, key) -> quad c < 4, unsigned bytes
+    high: object  # (block, c, key) -> quad c + 4
     place: object  # (block, row, column, integer): into a block that was zero
 
 

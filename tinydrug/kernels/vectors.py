@@ -508,6 +508,39 @@ def lookup_64(table, emit=_lookup_64_vbmi if WIDE_LOOKUP else _lookup_64_by_16):
     return entry
 
 
+def _between_avx512(b, x, edges, entries):
+    """Halves what is left of the edges, four times."""
+
+    def pick(table, at):
+        padded = ir.Constant(_llvm(F), [*table, *[0.0] * (LANES - len(table))])
+        return _call(b, "llvm.x86.avx512.permvar.sf.512", padded.type, [padded, at])
+
+    found = _const(I, 0)
+    for step in (8, 4, 2, 1):
+        middle = b.add(found, _const(I, step - 1))
+        above = b.fcmp_ordered(">", x, pick(edges, middle))
+        found = b.select(above, b.add(middle, _const(I, 1)), found)
+    return pick(entries, found)
+
+
+def _between_portable(b, x, edges, entries):
+    found = _const(F, entries[0])
+    for edge, entry in zip(edges, entries[1:], strict=True):
+        found = b.select(b.fcmp_ordered(">", x, _const(F, edge)), _const(F, entry), found)
+    return found
+
+
+def between(edges, entries, emit=_between_avx512 if ISA in ("amx", "avx512vnni") else _between_portable):
+    """The op x -> of 16 entries that which stands between the same two of 15 rising edges as x does."""
+    edges, entries = list(map(float, edges)), list(map(float, entries))
+
+    @op(F(F))
+    def entry(b, x):
+        return emit(b, x, edges, entries)
+
+    return entry
+
+
 def _reduce(b, x, combine):
     """A fixed tree (8+8, 4+4, 2+2, 1+1): one order of summation on every machine."""
     n = x.type.count
