@@ -271,8 +271,8 @@ def _rounded_group(x: np.ndarray) -> np.ndarray:
 
 
 def _by_tables(x: np.ndarray, tables: int) -> np.ndarray:
-    """Every 8 numbers in the smallest table that reaches about as far, or one before it: of so many, by squares
-    of errors."""
+    """Every 8 numbers in the smallest table that reaches about as far, or of so many tables up to it in that
+    with the least squares of errors."""
     blocks = x.reshape(-1, 8)
     reach = np.maximum(blocks.max(-1) / 113, blocks.min(-1) / -127) / 1.1
     first = np.maximum((SHRINKS >= reach[:, None]).sum(-1) - 1, 0)
