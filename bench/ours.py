@@ -12,10 +12,12 @@ from tinydrug.noise import Schedule
 
 
 class Ours:
-    """An engine, and a sequence of random tokens for each depth asked for. Speeds are tokens a second."""
+    """An engine, and a sequence of random tokens for each depth asked for. Speeds are tokens a second.
+
+    Packed weights are copied into memory: mapped, their speed depends on the file system's pages."""
 
     def __init__(self, path: str | Path | None, threads: int, ctx: int, **options):
-        self.engine = tinydrug.load(path, threads=threads, ctx=ctx, rewind_every=0, **options)
+        self.engine = tinydrug.load(path, threads=threads, ctx=ctx, rewind_every=0, mmap=False, **options)
         self.ids = np.random.default_rng(0).integers(0, self.engine.config.vocab_size, ctx).tolist()
         self._session = cache(lambda depth: self.engine.session(drug_seed=1))  # its cache is filled once
 

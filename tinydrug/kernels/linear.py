@@ -144,15 +144,15 @@ def _block_linear(name, blocks):
         return tile_splat_ints(zeros, sums, stride, i4(shift)) if offset else tile_ints(zeros)
 
     @inline
-    def dots_low(dots, w, key, other, x, stride):
-        for c in range(4):
-            dots = tile_dot4(dots, low(w, c, key if c < 2 else other), x + 4 * c, stride)
+    def dots_low(dots, w, first, key, x, stride):
+        for c in range(first, first + 2):
+            dots = tile_dot4(dots, low(w, c, key), x + 4 * c, stride)
         return dots
 
     @inline
-    def dots_high(dots, w, key, other, x, stride):
-        for c in range(4):
-            dots = tile_dot4(dots, high(w, c, key if c < 2 else other), x + 16 + 4 * c, stride)
+    def dots_high(dots, w, first, key, x, stride):
+        for c in range(first, first + 2):
+            dots = tile_dot4(dots, high(w, c, key), x + 16 + 4 * c, stride)
         return dots
 
     @inline
@@ -170,9 +170,11 @@ def _block_linear(name, blocks):
                 ask(w)
             key, key_8, key_16, key_24 = keys(s, g, 0)
             scales, sums = scales_of(x, k) + 4 * g, half_sums_of(x, k) + 8 * g
-            dots = dots_low(start(acc, sums, stride), w, key, key_8, columns, stride)
+            dots = dots_low(start(acc, sums, stride), w, 0, key, columns, stride)
+            dots = dots_low(dots, w, 2, key_8, columns, stride)
             acc = tile_scale_add(acc, dots, scale(s, g), scales, stride)
-            dots = dots_high(start(acc, sums + 4, stride), w, key_16, key_24, columns, stride)
+            dots = dots_high(start(acc, sums + 4, stride), w, 0, key_16, columns, stride)
+            dots = dots_high(dots, w, 2, key_24, columns, stride)
             return tile_scale_add(acc, dots, second(s, g), scales, stride)
 
         @inline
@@ -193,15 +195,24 @@ def _block_linear(name, blocks):
 
         @inline
         def add_group(acc, w, s, g, columns, x, k, stride, ahead):
+            # Sums of their own hide each other's latency; eight tokens have no registers for more than two.
+            few = tile_rows(acc) <= 4
             dots, others = start(acc, sums_of(x, k) + 4 * g, stride), tile_ints(acc)
+            dots_8, others_8 = tile_ints(acc), tile_ints(acc)
             for b in range(blocks_of(g, k)):
                 if ahead:
                     ask(w)
                 key, key_8, key_16, key_24 = keys(s, g, b)
-                dots = dots_low(dots, w, key, key_8, columns, stride)
-                others = dots_high(others, w, key_16, key_24, columns, stride)
+                dots = dots_low(dots, w, 0, key, columns, stride)
+                others = dots_high(others, w, 0, key_16, columns, stride)
+                if few:
+                    dots_8 = dots_low(dots_8, w, 2, key_8, columns, stride)
+                    others_8 = dots_high(others_8, w, 2, key_24, columns, stride)
+                else:
+                    dots = dots_low(dots, w, 2, key_8, columns, stride)
+                    others = dots_high(others, w, 2, key_24, columns, stride)
                 w, columns = w + block_bytes, columns + 32
-            dots = tile_add_ints(dots, others)
+            dots = tile_add_ints(tile_add_ints(dots, others), tile_add_ints(dots_8, others_8))
             acc = tile_scale_add(acc, dots, scale(s, g), scales_of(x, k) + 4 * g, stride)
             if minimum is not None:
                 acc = tile_fma(acc, minimum(s, g), moments_of(x, k) + 4 * g, stride)

@@ -396,17 +396,27 @@ def either(b, x, y):
     return b.or_(x, y)
 
 
+def _nibbles_under(b, x, upper):
+    low = _const(B, 15)
+    if ISA in ("amx", "avx512vnni"):  # LLVM would spend two instructions
+        words = [b.bitcast(v, _llvm(I)) for v in (low, x, upper)]
+        return b.bitcast(
+            _call(b, "llvm.x86.avx512.pternlog.d.512", words[0].type, [*words, i32(0xCA)]), x.type
+        )
+    return b.or_(b.and_(x, low), b.and_(upper, _const(B, 0xF0)))
+
+
 @op(B(B, B))
 def low_nibbles_under(b, x, upper):
     """The low nibbles of x and the high ones of `upper`."""
-    return b.or_(b.and_(x, _const(B, 15)), b.and_(upper, _const(B, 0xF0)))
+    return _nibbles_under(b, x, upper)
 
 
 @op(B(B, B))
 def high_nibbles_under(b, x, upper):
     """The high nibbles of x, as low ones, and the high ones of `upper`."""
     down = b.bitcast(b.lshr(b.bitcast(x, _llvm(I)), _const(I, 4)), _llvm(B))
-    return b.or_(b.and_(down, _const(B, 15)), b.and_(upper, _const(B, 0xF0)))
+    return _nibbles_under(b, down, upper)
 
 
 @op(B(address))
