@@ -22,6 +22,7 @@ STYLES = {  # colours of Okabe and Ito, which everyone can tell apart, and marke
     "linear q6_k": ("#E69F00", "P"),
     "linear q4_0": ("#009E73", "^"),
     "linear q4_k": ("#999999", "X"),
+    "linear q4_128": ("#000000", "*"),
     "attention f16": ("#CC79A7", "D"),
 }
 LEFT, RIGHT = 0.3, 4000  # operations a byte
