@@ -192,7 +192,7 @@ def write_q4_128(row, r, k, data, scales, scratch):
         top = select(high > low, high, low * f4(-1.0))
         scale, best = top * f4(0.0), floats(f4(0.0))  # NaN unless finite
         for end in ENDS:
-            inverse = select(absolute(top) > f4(0.0), floats(end) / top, best * f4(0.0))
+            inverse = select(absolute(top) > f4(0.0), floats(end) / top, floats(f4(0.0)))
             along, square = floats(f4(0.0)), floats(f4(0.0))
             for c in range(0, width, 8):
                 table = smallest_table(columns + 64 * c, inverse)

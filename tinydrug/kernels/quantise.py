@@ -14,6 +14,7 @@ by group: [k/32][16][32 int8], [k/32][16] scales, and so on, in the memory of th
 import numpy as np
 
 from tinydrug.kernels import amx
+from tinydrug.kernels.blocks import BLOCKS
 from tinydrug.kernels.jit import inline, kernel
 from tinydrug.kernels.tables import OPERATION, my_rows, row, rows_of
 from tinydrug.kernels.vectors import (
@@ -97,4 +98,4 @@ def quantise_by(group):
     return quantise
 
 
-QUANTISE = {group: quantise_by(group) for group in (32, 128)}
+QUANTISE = {group: quantise_by(group) for group in sorted({blocks.group for blocks in BLOCKS.values()})}
