@@ -98,7 +98,11 @@ def read_flags(
     add("-d", "--depth", type=int, default=4096, help="tokens of a long context")
     add("-r", "--rounds", type=int, default=5, help="in which everything is measured in turns")
     add("--quick", action="store_true", help=f"short: {', '.join(f'{k} {v}' for k, v in QUICK.items())}")
-    add("--shape", action="append", help=f"NAME:KIND, NAME one of {', '.join(SHAPES)}, KIND q4, q4_0 or q8")
+    add(
+        "--shape",
+        action="append",
+        help=f"NAME:KIND, NAME one of {', '.join(SHAPES)}, KIND q4, q8, q4_0, q8_0",
+    )
     add("--model", help="where real text matters: a model (default: the default model)")
     add("--scratch", type=Path, help="where models of random weights are kept (default: nowhere)")
     add("--llama-bench", metavar="PATH", help="llama.cpp's llama-bench, to run in turns with ours")

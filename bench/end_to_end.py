@@ -2,7 +2,8 @@
 
     python -m bench.end_to_end --shape llama-1.1b:q4 --llama-bench PATH --openvino PYTHON --scratch FOLDER
 
-q4 is our own 4-bit form, held against llama.cpp's Q4_0 of about as many bytes; q4_0, q8: both read one file.
+q4 and q8 are our own forms, held against llama.cpp's Q4_0 and Q8_0 of about as many bytes; q4_0 and q8_0 are
+one file for both.
 
 In decode every token reads all weights once: memory is the bound, read in the same minute. In prefill 512
 tokens are read at once: arithmetic is. Figures are medians over rounds in which all take turns. llama.cpp
@@ -26,7 +27,7 @@ from bench.shapes import SHAPES
 from bench.synthetic import KINDS, gguf_model, our_model, scratch_folder
 
 DEFAULT = [
-    *(f"{name}:{kind}" for name in ("smollm2-135m", "llama-1.1b") for kind in ("q4", "q8", "q4_0")),
+    *(f"{name}:{kind}" for name in ("smollm2-135m", "llama-1.1b") for kind in ("q4", "q8", "q4_0", "q8_0")),
     "mistral-7b:q4",
 ]
 PREFILL = 2.3  # times llama.cpp: the target for every shape

@@ -13,6 +13,7 @@ from gguf.quants import quant_shape_to_byte_shape
 
 import tinydrug
 from bench.shapes import SHAPES, Shape
+from tinydrug.formats.weights import QUANTS
 
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -23,7 +24,12 @@ GGUF_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-KINDS = {"q4": "Q4_0", "q4_0": "Q4_0", "q8": "Q8_0"}  # of a spec -> of the GGUF that peers run
+KINDS = {
+    "q4": "Q4_0",
+    "q8": "Q8_0",
+    "q4_0": "Q4_0",
+    "q8_0": "Q8_0",
+}  # of a spec -> of the GGUF that peers run
 BLOCKS = {"Q8_0": (34, 127.0), "Q4_0": (18, 8.0)}  # bytes of a block of 32, and what its largest value is
 POOL = 1 << 24  # random numbers that are used over and over
 
@@ -51,14 +57,14 @@ def gguf_model(spec: str, scratch: Path) -> Path:
 
 
 def our_model(spec: str, scratch: Path) -> Path:
-    """What we run for `NAME:KIND`: for q4 what `--quant q4` makes of bf16, packed; else the peers' GGUF."""
+    """What we run for `NAME:KIND`: of q4, q8 what `--quant` makes of bf16, packed; else the peers' GGUF."""
     name, _, kind = spec.partition(":")
-    if kind != "q4":
+    if kind not in QUANTS:
         return gguf_model(spec, scratch)
-    folder = scratch / f"{name}-q4"
+    folder = scratch / f"{name}-{kind}"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=scratch) as source:
-            tinydrug.quantize(write_safetensors(SHAPES[name], Path(source) / name), quant="q4", output=folder)
+            tinydrug.quantize(write_safetensors(SHAPES[name], Path(source) / name), quant=kind, output=folder)
     return folder
 
 

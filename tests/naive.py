@@ -237,8 +237,27 @@ def quantise(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarr
     )
 
 
+def hadamard(x: np.ndarray) -> np.ndarray:
+    """x (..., K), K a multiple of 32: every 128 columns times a Hadamard matrix that keeps lengths, of what
+    is left every 64 or 32. In the type of x, adding in the kernels' order; its own inverse."""
+    out = np.array(x)
+    for first in range(0, x.shape[-1], 128):
+        part, n = out[..., first : first + 128], 1
+        while part.shape[-1] % (2 * n) == 0:
+            pairs = part.reshape(*part.shape[:-1], -1, 2, n)
+            part = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2)
+            part, n = part.reshape(pairs.shape[:-3] + (-1,)), 2 * n
+        out[..., first : first + 128] = part * x.dtype.type(n**-0.5)
+    return out
+
+
+def activations(x: np.ndarray, group: int, spread: bool) -> np.ndarray:
+    """Activations x (T, k) as integer kernels see them, float64; to be spread, k is a multiple of 32."""
+    return hadamard(int8(hadamard(x.astype(np.float32)), group)) if spread else int8(x, group)
+
+
 def int8(x: np.ndarray, group: int) -> np.ndarray:
-    """Activations x (T, k), every `group` columns of a row rounded to int8 with a float32 scale; float64."""
+    """x (T, k), every `group` columns of a row rounded to int8 with a float32 scale; float64."""
     groups = np.pad(x, ((0, 0), (0, -x.shape[1] % group))).reshape(len(x), -1, group).astype(np.float32)
     top = np.abs(groups).max(-1, keepdims=True)
     with np.errstate(divide="ignore"):
@@ -251,13 +270,22 @@ SHRINKS = np.float32([1, 0.85, 0.68, 0.5])  # of the levels, in the tables of q4
 TABLES = np.rint(np.float32(LEVELS) * SHRINKS[:, None])  # (4, 16)
 
 
-def rounded_128(x: np.ndarray) -> np.ndarray:
-    """x (..., K), K a multiple of 32, through our q4_128 -> (..., K) float64: see kernels/blocks.py."""
-    out = np.empty(x.shape)
+def rounded_128(x: np.ndarray, bits: int) -> np.ndarray:
+    """x (..., K), K a multiple of 32, through our q8_128 (spread) or q4_128 -> (..., K) float64: see
+    kernels/blocks.py."""
+    round_group, turn = {8: (_even_steps, hadamard), 4: (_rounded_group, np.array)}[bits]
+    out = turn(np.asarray(x, np.float32)).astype(np.float64)
     for first in range(0, x.shape[-1], 128):
-        part = x[..., first : first + 128].astype(np.float64)
-        out[..., first : first + 128] = np.apply_along_axis(_rounded_group, -1, part)
-    return out
+        part = out[..., first : first + 128]
+        part[:] = np.apply_along_axis(round_group, -1, part)
+    return turn(out)
+
+
+def _even_steps(x: np.ndarray) -> np.ndarray:
+    """The extreme becomes 127 steps, in float32 as the kernels have it."""
+    top = np.abs(x).max().astype(np.float32)
+    steps = np.rint(x.astype(np.float32) * (np.float32(127) / top)) if top else x
+    return steps * np.float64(np.float16(top / np.float32(127)))
 
 
 def _rounded_group(x: np.ndarray) -> np.ndarray:

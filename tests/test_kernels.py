@@ -98,7 +98,7 @@ class Step:
 
 
 FLOATS, BLOCKS = ("f32", "f16", "bf16"), tuple(BLOCK_FORMATS)
-OURS = {"q4_128": "q4"}  # formats that no file has: the --quant that makes them
+OURS = {"q8_128": "q8", "q4_128": "q4"}  # formats that no file has: the --quant that makes them
 FILES = tuple(kind for kind in BLOCKS if kind not in OURS)
 SCALES = {"iq4_nl": (0,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}  # where a block has its f16 numbers
 
@@ -134,29 +134,38 @@ def weights(values: np.ndarray, kind: str = "f32", bias=None, **need) -> tuple[W
     tensors = {"w": tensor("w", values, "f32" if kind in OURS else kind)}
     if bias is not None:
         tensors["b"], need["bias"] = tensor("b", bias), "b"
-    return Weights({"w": Need("w", values.shape, fine=kind not in OURS, **need)}, tensors, quant, 1), "w"
+    return Weights({"w": Need("w", values.shape, fine=kind != "q4_128", **need)}, tensors, quant, 1), "w"
 
 
 def values_of(kind: str, values: np.ndarray) -> np.ndarray:
-    """What the file then holds, float64, or what the format holds that no file has."""
+    """What the file then holds, float64; or, padded columns too, what the format holds that no file has."""
     if kind in OURS:
-        return unpacked_128(*weights(values, kind))[: len(values), : values.shape[1]]
+        return unpacked_128(*weights(values, kind))[: len(values)]
     return tensor("w", values, kind).float32().astype(np.float64)
 
 
 def unpacked_128(loaded: Weights, name: str) -> np.ndarray:
-    """The values of a matrix in q4_128, (padded rows, padded columns) float64, from its bytes."""
+    """The values of a matrix in q8_128 or q4_128, (padded rows, padded columns) float64, from its bytes."""
     data, scales = (loaded.areas[f"{name}.{part}"] for part in ("data", "scales"))
     panels, blocks, _ = data.shape
-    quads = data.reshape(panels, blocks, 4, 16, 4)  # of columns 0 .. 15 in low nibbles, 16 .. 31 in high ones
-    numbers = np.stack([quads & 15, quads >> 4], 2).transpose(0, 4, 1, 2, 3, 5)  # panel, row, block, half
-    numbers = numbers.reshape(panels, 16, blocks, 4, 8)
-    groups = scales[: panels * -(-blocks // 4) * 96].reshape(panels, -1, 96)
-    keys = groups[..., 32:].reshape(panels, -1, 16)[:, :blocks].transpose(0, 2, 1)  # panel, row, block
-    tables = keys[..., None] >> np.array([4, 6, 0, 2]) & 3
+    fine = loaded[name].format == "q8_128"
+    groups = scales[: panels * -(-blocks // 4) * (32 if fine else 96)].reshape(panels, -(-blocks // 4), -1)
     factors = np.repeat(groups[..., :32].copy().view("<f2"), 4, 1)[:, :blocks].transpose(0, 2, 1)
-    values = naive.TABLES[tables[..., None], numbers] * factors.astype(np.float64)[..., None, None]
-    return values.reshape(panels * 16, blocks * 32)
+    if fine:
+        quads = data.reshape(panels, blocks, 8, 16, 4)
+        integers = quads.transpose(0, 3, 1, 2, 4).reshape(panels, 16, blocks, 32) - 128.0
+    else:
+        quads = data.reshape(
+            panels, blocks, 4, 16, 4
+        )  # columns 0 .. 15 in low nibbles, 16 .. 31 in high ones
+        numbers = np.stack([quads & 15, quads >> 4], 2).transpose(0, 4, 1, 2, 3, 5)  # panel, row, block, half
+        numbers = numbers.reshape(panels, 16, blocks, 4, 8)
+        keys = groups[..., 32:].reshape(panels, -1, 16)[:, :blocks].transpose(0, 2, 1)  # panel, row, block
+        tables = keys[..., None] >> np.array([4, 6, 0, 2]) & 3
+        integers = naive.TABLES[tables[..., None], numbers].reshape(panels, 16, blocks, 32)
+    values = integers * factors.astype(np.float64)[..., None]
+    values = values.reshape(panels * 16, blocks * 32)
+    return naive.hadamard(values) if fine else values
 
 
 def gathered(weight, rows: int) -> np.ndarray:
@@ -180,7 +189,7 @@ def linear(weight, x: np.ndarray, y: np.ndarray, onto: bool, threads: int = 1, *
     rows = Array(np.pad(x, ((0, 0), (0, k - x.shape[1]))), threads)
     if layout.group:
         q = Array(np.zeros((T, 1)), threads, nbytes=int(k * quantise.ROW_BYTES))
-        call.run(quantise.QUANTISE[layout.group], x=rows, y=q, width=k)
+        call.run(quantise.QUANTISE[layout.group, layout.spread], x=rows, y=q, width=k)
         rows = q
     out = Array(np.pad(y, ((0, 0), (0, loaded[name].n - y.shape[1]))), threads)
     call.run(layout.linear, weight=weight, x=rows, y=out, onto=int(onto))
@@ -188,10 +197,11 @@ def linear(weight, x: np.ndarray, y: np.ndarray, onto: bool, threads: int = 1, *
 
 
 def activations(x: np.ndarray, kind: str) -> np.ndarray:
-    """x (T, k) as integer kernels see it: groups rounded to int8 with a float32 scale; float64."""
+    """x (T, k) as integer kernels see it, float64; in our own formats padding is rounded too."""
     if kind in FLOATS:
         return x.astype(np.float64)
-    return naive.int8(x, FORMATS[kind].group)
+    padding = padded(x.shape[1]) - x.shape[1] if kind in OURS else 0
+    return naive.activations(np.pad(x, ((0, 0), (0, padding))), FORMATS[kind].group, FORMATS[kind].spread)
 
 
 def columns(kind: str, k: int) -> int:
@@ -243,21 +253,21 @@ def test_linear_of_no_rows_writes_nothing():
 # --- quantising activations
 
 
-@pytest.mark.parametrize("group", quantise.QUANTISE)
-def test_quantise(group):
+@pytest.mark.parametrize(("group", "spread"), quantise.QUANTISE)
+def test_quantise(group, spread):
     x = RNG(1).normal(size=(9, 96)).astype(np.float32) * np.float32(5)
     x[1], x[2, 32:64], x[3, :32] = 0, 0, 1e-30
     x[4, :32] = np.linspace(-127, 127, 32)
     k, call = 96, Step(9, threads=2)
     q = Array(np.zeros((9, 1)), 2, nbytes=int(k * quantise.ROW_BYTES))
-    call.run(quantise.QUANTISE[group], x=Array(x, 2), y=q, width=k)
+    call.run(quantise.QUANTISE[group, spread], x=Array(x, 2), y=q, width=k)
     stored, groups = q.memory[:9], -(-k // group)
     codes = stored[:, :k].view(np.int8).astype(np.int64)
     scales = stored[:, k : k + k // 8].view(np.float32)[:, :groups]
     sums = stored[:, k + k // 8 : k + k // 4].view(np.int32)[:, :groups]
     moments = stored[:, k + k // 4 : k + k // 4 + k // 8].view(np.float32)[:, :groups]
     each = np.repeat(scales, group, 1)[:, :k].astype("f8")
-    np.testing.assert_array_equal(codes * each, activations(x, {32: "q8_0", 128: "q4_128"}[group]))
+    np.testing.assert_array_equal(codes * each, naive.int8(naive.hadamard(x) if spread else x, group))
     assert np.abs(codes).max() == 127
     totals = np.add.reduceat(codes, range(0, k, group), 1)
     np.testing.assert_array_equal(sums, -totals)
@@ -329,23 +339,24 @@ def test_rope(d):
         np.testing.assert_array_equal(found[..., half:], 0)
 
 
-@pytest.mark.parametrize("kind", [*FLOATS, *FILES])
+@pytest.mark.parametrize("kind", [*FLOATS, *FILES, "q8_128"])
 def test_embed_and_position_and_asked(kind):
-    rng, k = RNG(3), columns(kind, 64)
-    table, places = rng.normal(size=(20, k)), rng.normal(size=(9, k))
+    rng, k = RNG(3), columns(kind, 40)
+    wide, table = padded(k), rng.normal(size=(20, k))
+    places = np.pad(rng.normal(size=(9, k)), ((0, 0), (0, wide - k)))
     step = Step(4, threads=2, positions=[3, 0, 8, 8], outputs=[-1, 1, -1, 0])
     step.tokens["id"] = [19, 0, 7, 7]
-    x = Array(np.zeros((4, k)), 2)
-    step.run(embed.embed, weight=weights(table, kind), y=x)
-    expected = values_of(kind, table)[[19, 0, 7, 7]].astype(np.float32)
-    np.testing.assert_allclose(x.shared, expected, rtol=1e-7)
-    loaded = Weights({"p": Need("p", (9, k), "table")}, {"p": tensor("p", places)}, "none", 1)
+    x = Array(np.ones((4, wide)), 2)
+    step.run(embed.embed, weight=weights(table, kind), y=x, width=k)
+    held = values_of(kind, table)[[19, 0, 7, 7], :k]
+    expected = held.astype(np.float32)
+    np.testing.assert_allclose(x.shared[:, :k], expected, rtol=1e-7, atol=4 * F32 if kind in OURS else 0)
+    assert not x.shared[:, k:].any(), "padding must stay zero"
+    loaded = Weights({"p": Need("p", (9, wide), "table")}, {"p": tensor("p", places)}, "none", 1)
     step.run(embed.add_position, weight=(loaded, "p"), x=x, y=x)
     expected = x.shared.copy()
-    np.testing.assert_allclose(
-        expected, values_of(kind, table)[[19, 0, 7, 7]] + places[[3, 0, 8, 8]], rtol=1e-5, atol=1e-6
-    )
-    asked = Array(np.zeros((2, k)), 2)
+    np.testing.assert_allclose(expected[:, :k], held + places[[3, 0, 8, 8], :k], rtol=1e-5, atol=4 * F32)
+    asked = Array(np.zeros((2, wide)), 2)
     step.run(embed.asked, x=x, y=asked, on_outputs=1)
     np.testing.assert_array_equal(asked.shared, expected[[3, 1]])
 
@@ -590,7 +601,7 @@ def assert_rounded(found: np.ndarray, held: np.ndarray, name: str) -> None:
     if name in FLOATS:
         np.testing.assert_array_equal(found, round_trip(held, name))
         return
-    expected = naive.rounded_128(held) if name in OURS else round_trip(held, name)
+    expected = naive.rounded_128(held, int(name[1])) if name in OURS else round_trip(held, name)
     group = min(FORMATS[name].group, held.shape[-1])
     found, expected, held = (x.reshape(-1, group) for x in (found, expected, held))
     if name in OURS:
@@ -611,9 +622,10 @@ def test_packed_rows_come_back(kind, quant, fine):
     w = RNG(4).normal(size=(37, columns(kind, 64))).astype(np.float32)
     w[0, :32], w[1, :32], w[2, 5] = 0, 0.25, -30
     loaded = Weights({"w": Need("w", w.shape, fine=fine)}, {"w": tensor("w", w, kind)}, quant, 2), "w"
+    eight = kind if kind == "q8_0" else "q8_128"
     four = kind if kind in ("q4_0", "q4_1", "q4_k", "iq4_nl") else "q4_128"
     name = loaded[0]["w"].format
-    assert name == {"none": kind, "f32": "f32", "q8": "q8_0", "q4": "q8_0" if fine else four}[quant]
+    assert name == {"none": kind, "f32": "f32", "q8": eight, "q4": eight if fine else four}[quant]
     found, held = gathered(loaded, loaded[0]["w"].n), values_of(kind, w).astype(np.float32)
     if name == kind:
         np.testing.assert_array_equal(found[:37], held)

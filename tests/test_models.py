@@ -220,21 +220,19 @@ class Rounded:
 
     __array_ufunc__ = None  # x @ this asks this
 
-    def __init__(self, w: np.ndarray, halves: int, q4: bool):
-        self._halves, self._group = halves, 128 if q4 else 32
-        padded = self._padded(w)
-        values = naive.rounded_128(padded) if q4 else naive.dequantise(*naive.quantise(padded, "q8_0"))
-        self.values = self._own(values)
+    def __init__(self, w: np.ndarray, halves: int, bits: int):
+        self._halves, self._spread = halves, bits == 8
+        self._values = naive.rounded_128(self._padded(w), bits)
 
     def __getitem__(self, ids):
-        return self.values[ids]
+        return self._values[ids][..., : self._width]  # of an embedding, whose columns are no heads
 
     @property
     def T(self):  # noqa: N802 - as of an array
         return self
 
     def __rmatmul__(self, x):
-        return self._own(naive.int8(self._padded(x), self._group)) @ self.values.T
+        return naive.activations(self._padded(x), 128, self._spread) @ self._values.T
 
     def _padded(self, x):
         """Columns as they lie: all in whole blocks of 32; or every half of a head in half a block."""
@@ -242,18 +240,15 @@ class Rounded:
         apart = x.reshape(len(x), self._halves, self._width)
         return np.pad(apart, ((0, 0), (0, 0), (0, -self._width % block))).reshape(len(x), -1)
 
-    def _own(self, padded):
-        return padded.reshape(len(padded), self._halves, -1)[..., : self._width].reshape(len(padded), -1)
-
 
 def rounded(name: str, w: np.ndarray, config: dict, quant: str):
     """A tensor after --quant: a Rounded, or as it was."""
     if w.ndim == 1 or "wpe" in name:
         return w
     conv1d = config["model_type"] == "gpt2" and name.split(".")[-2] != "wte"
-    q4 = quant == "q4" and not any(fine in name for fine in ("embed", "lm_head", "wte"))
+    bits = 8 if quant == "q8" or any(fine in name for fine in ("embed", "lm_head", "wte")) else 4
     halves = 2 * (config.get("num_attention_heads") or config["n_head"])
-    return Rounded(w.T if conv1d else w, halves if "o_proj" in name or "attn.c_proj" in name else 1, q4)
+    return Rounded(w.T if conv1d else w, halves if "o_proj" in name or "attn.c_proj" in name else 1, bits)
 
 
 @pytest.mark.parametrize("quant", QUANTS)

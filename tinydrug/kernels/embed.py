@@ -1,9 +1,12 @@
 """From token ids to rows: token and position embeddings, and the rows whose logits are asked for."""
 
+import numpy as np
+
 from tinydrug.kernels.jit import inline
 from tinydrug.kernels.tables import GATHER, operation, rows_of, share_rows
-from tinydrug.kernels.vectors import call_at, load, store
+from tinydrug.kernels.vectors import call_at, load, store, store_f32
 
+f4 = np.float32
 call_gather = call_at(GATHER)
 
 
@@ -18,7 +21,10 @@ def embed(call, op, tid, n):
     """y (T, D): row `id` of the embedding matrix, for each token."""
     lo, hi = share_rows(call.n_tokens, tid, n)
     for i in range(lo, hi):
-        call_gather(op.weight.gather, op.weight, call.tokens[i].id, op.y.data + i * op.y.stride)
+        y = op.y.data + i * op.y.stride
+        call_gather(op.weight.gather, op.weight, call.tokens[i].id, y)
+        for c in range(op.width, op.weight.k):  # what is spread is rounded there too
+            store_f32(y + 4 * c, f4(0.0))
 
 
 @operation

@@ -11,6 +11,7 @@ import numpy as np
 from numba import types
 
 from tinydrug.kernels.blocks import BLOCKS
+from tinydrug.kernels.hadamard import spread
 from tinydrug.kernels.jit import Kernel, inline, kernel
 from tinydrug.kernels.linear import LINEAR
 from tinydrug.kernels.planes import LEVELS, SHRINKS
@@ -103,18 +104,23 @@ def _write_floats(store_one, element):
     return write
 
 
-@inline
-def write_q8_0(row, r, k, data, scales, scratch):
-    """absmax / 127, as ggml's q8_0."""
-    for b in range(k // 32):
-        u, v = load(row + 128 * b), load(row + 128 * b + 64)
-        top = highest_magnitude(higher_magnitude(higher_magnitude(ints(i4(0)), u), v))
-        inverse = f4(127.0) / top if top > f4(0.0) else f4(0.0)
-        store_f16(scales + 32 * b + 2 * r, top / f4(127.0))
-        store_low_bytes(scratch, to_ints(round_even(u * inverse)) + i4(128))
-        store_low_bytes(scratch + 16, to_ints(round_even(v * inverse)) + i4(128))
-        for c in range(8):
-            store_i32(data + 512 * b + 64 * c + 4 * r, load_i32(scratch + 4 * c))
+def _write_bytes(group):
+    @inline
+    def write(row, r, k, data, scales, scratch):
+        """absmax / 127, as ggml's q8_0."""
+        for first in range(0, k, group):
+            last, highest = min(first + group, k), ints(i4(0))
+            for c in range(first, last, 16):
+                highest = higher_magnitude(highest, load(row + 4 * c))
+            top = highest_magnitude(highest)
+            inverse = f4(127.0) / top if top > f4(0.0) else f4(0.0)
+            store_f16(scales + 32 * (first // group) + 2 * r, top / f4(127.0))
+            for c in range(first, last, 16):
+                store_low_bytes(scratch, to_ints(round_even(load(row + 4 * c) * inverse)) + i4(128))
+                for quad in range(4):
+                    store_i32(data + 16 * c + 64 * quad + 4 * r, load_i32(scratch + 4 * quad))
+
+    return write
 
 
 nearest_levels, nearest_numbers = between(EDGES, LEVELS), between(EDGES, range(16))  # in units of a scale
@@ -228,6 +234,7 @@ def _pack(name, read, load_many, element, write, format_):
     """The kernel that packs panels through floats. load_many reads 16 neighbours of `element` bytes."""
 
     panel_bytes, scale_bytes, group = format_.panel_bytes, format_.scale_bytes, format_.group or 32
+    is_spread = format_.spread
 
     @kernel(PACK, name)
     def pack(source, lo, hi, scratch):
@@ -253,6 +260,8 @@ def _pack(name, read, load_many, element, write, format_):
                     for c in range(done, source.k):
                         at = c // source.group * source.padded_group + c % source.group
                         store_f32(row + 4 * at, read(start, c, source.column_stride))
+                if is_spread:
+                    spread(k, row)
                 write(row, r, k, data, scales, scratch)
 
     return pack
@@ -296,7 +305,7 @@ def _gather_blocks(name, blocks):
     low, high, scale, offset = blocks.planes.low, blocks.planes.high, blocks.scale, blocks.offset
     minimum, second = blocks.minimum, blocks.second_scale or blocks.scale
     block_bytes, scale_bytes, group = blocks.planes.nbytes, blocks.scale_bytes, blocks.group
-    keys = blocks.keys
+    keys, is_spread = blocks.keys, blocks.spread
     if minimum is None:
 
         @inline
@@ -322,6 +331,8 @@ def _gather_blocks(name, blocks):
                     q, next_q = get_byte(quad, 4 * r + i), get_byte(next_quad, 4 * r + i)
                     store_f32(to + 16 * c + 4 * i, first * f4(q - offset) + least)
                     store_f32(to + 64 + 16 * c + 4 * i, other * f4(next_q - offset) + least)
+        if is_spread:
+            spread(weight.k, out)
 
     return gather
 
@@ -333,6 +344,7 @@ class Format(NamedTuple):
     panel_bytes: int  # of 32 columns of a panel
     scale_bytes: int  # of a group of a panel
     group: int  # columns that share scales; activations come as int8 in such groups. 0: as floats
+    spread: bool  # before they are rounded
     linear: Kernel
     gather: Kernel
 
@@ -346,15 +358,21 @@ _WRITE = {
     "f32": _write_floats(store_f32, 4),
     "f16": _write_floats(store_f16, 2),
     "bf16": _write_floats(store_bf16, 2),
-    "q8_0": write_q8_0,
+    "q8_0": _write_bytes(32),
+    "q8_128": _write_bytes(128),
     "q4_128": write_q4_128,
 }
 FORMATS = {
-    name: Format(512 * element, 0, 0, LINEAR[name], _gather(name, load_one, element))
+    name: Format(512 * element, 0, 0, False, LINEAR[name], _gather(name, load_one, element))
     for name, load_one, element in (("f32", load_f32, 4), ("f16", load_f16, 2), ("bf16", load_bf16, 2))
 } | {
     name: Format(
-        blocks.planes.nbytes, blocks.scale_bytes, blocks.group, LINEAR[name], _gather_blocks(name, blocks)
+        blocks.planes.nbytes,
+        blocks.scale_bytes,
+        blocks.group,
+        blocks.spread,
+        LINEAR[name],
+        _gather_blocks(name, blocks),
     )
     for name, blocks in BLOCKS.items()
 }

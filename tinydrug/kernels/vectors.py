@@ -9,9 +9,12 @@ Memory is named by absolute byte addresses (int64). Every load and store states 
 default for a vector is its full size (64), and an address that is not a multiple of it would fault.
 """
 
+import functools
 import inspect
 import operator
+import struct
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core.imputils import lower_builtin
@@ -633,19 +636,6 @@ def highest_magnitude(b, top):
     return b.bitcast(_reduce(b, top, lambda p, q: _higher_int(b, p, q)), ELEMENTS["f32"])
 
 
-@op(I(I, I))
-def sum_both(b, x, y):
-    """Lanes 0 and 8: the sums of x and of y."""
-    n = LANES // 2
-    halves = [[*range(o, o + n), *range(LANES + o, LANES + o + n)] for o in (0, n)]
-    total = b.add(*(b.shuffle_vector(x, y, ir.Constant(ir.VectorType(i32, LANES), pick)) for pick in halves))
-    while n > 1:
-        n //= 2
-        pick = ir.Constant(ir.VectorType(i32, LANES), [(k + n) % LANES for k in range(LANES)])
-        total = b.add(total, b.shuffle_vector(total, total, pick))
-    return total
-
-
 @op(s32(I, address))
 def get_int(b, x, k):
     return b.extract_element(x, k)
@@ -703,8 +693,8 @@ def _zeros(r):
     return zeros
 
 
-tile1, tile2, tile4, tile8, tile16 = map(
-    _zeros, (1, 2, 4, 8, 16)
+tile1, tile2, tile4, tile6, tile8, tile16 = map(
+    _zeros, (1, 2, 4, 6, 8, 16)
 )  # a tile of zeros; its type carries r through the kernels
 
 
@@ -796,6 +786,68 @@ def tile_ints(b, t):
 @op(lambda t: Tile(F, t.r)(t))
 def tile_as_floats(b, t):
     return _rowwise(b, t, lambda r, x: b.sitofp(x, _llvm(F)))
+
+
+@op(lambda t: t(t))
+def tile_hadamard(b, t):
+    """The floats of a tile one after the other, in runs as long as a power of two divides them (a multiple of
+    16, up to 128), times the symmetric Hadamard matrix that keeps lengths."""
+    rows = [b.extract_value(t, r) for r in range(t.type.count)]
+    for n in (1, 2, 4, 8):
+        swap = ir.Constant(ir.VectorType(i32, LANES), [k ^ n for k in range(LANES)])
+        sign = ir.Constant(_llvm(F), [-1.0 if k & n else 1.0 for k in range(LANES)])
+        rows = [_call(b, "llvm.fma.v16f32", x.type, [x, sign, b.shuffle_vector(x, x, swap)]) for x in rows]
+    n = 1
+    while len(rows) % (2 * n) == 0:
+        pairs = [(x, rows[r ^ n]) for r, x in enumerate(rows)]
+        rows = [b.fsub(y, x) if r & n else b.fadd(x, y) for r, (x, y) in enumerate(pairs)]
+        n *= 2
+    root = _const(F, float(np.float32((LANES * n) ** -0.5)))
+    return _rowwise(b, t, lambda r, _: b.fmul(rows[r], root))
+
+
+@op(lambda t: f32(t))
+def tile_highest_magnitude(b, t):
+    """The greatest absolute value of a tile; NaN if there is one: as integers, NaN are above infinity."""
+    top = _const(I, 0)
+    for r in range(t.type.count):
+        top = _higher_int(b, top, b.and_(b.bitcast(b.extract_value(t, r), _llvm(I)), _const(I, 0x7FFFFFFF)))
+    return b.bitcast(_reduce(b, top, lambda p, q: _higher_int(b, p, q)), ELEMENTS["f32"])
+
+
+@op(lambda t, *a: Tile(I, t.r)(t, f32))
+def tile_round(b, t, x):
+    """t * x, less than 2^22, as the nearest integers, ties to even."""
+    whole = 3 << 22  # floats from here to 4/3 of it lie 1 apart, and so do their bits
+    bits = struct.unpack("i", struct.pack("f", whole))[0]
+
+    def row(r, v):
+        nearest = b.fadd(b.fmul(v, _splat(b, x)), _const(F, float(whole)))
+        return b.sub(b.bitcast(nearest, _llvm(I)), _const(I, bits))
+
+    return _rowwise(b, t, row)
+
+
+@op(lambda t, p: void(t, address))
+def tile_store_low_bytes(b, t, p):
+    """Integers -> 16 bytes a row, one row after the other."""
+    for r in range(t.type.count):
+        few = b.trunc(b.extract_value(t, r), ir.VectorType(i8, LANES))
+        _store(b, b.add(p, i64(LANES * r)), few, 1)
+
+
+@op(lambda t: I(t))
+def tile_sum_alternate(b, t):
+    """Lanes 0 and 8: the sums of the integers in even rows and in odd ones."""
+    rows, n = [b.extract_value(t, r) for r in range(t.type.count)], LANES // 2
+    x, y = (functools.reduce(b.add, rows[first::2]) for first in (0, 1))
+    halves = [[*range(o, o + n), *range(LANES + o, LANES + o + n)] for o in (0, n)]
+    total = b.add(*(b.shuffle_vector(x, y, ir.Constant(ir.VectorType(i32, LANES), pick)) for pick in halves))
+    while n > 1:
+        n //= 2
+        pick = ir.Constant(ir.VectorType(i32, LANES), [(k + n) % LANES for k in range(LANES)])
+        total = b.add(total, b.shuffle_vector(total, total, pick))
+    return total
 
 
 def _dot4_vnni(b, acc, w, x):

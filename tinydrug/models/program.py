@@ -79,7 +79,7 @@ class Program:
         self.steps: list[Step] = []
         self.row_bytes: list[int] = []  # of each slot
         self.hidden: list[Value] | None = None  # a list: hidden states are kept in these, layer by layer
-        self._quantised: dict[tuple[Value, int], Value] = {}  # by group
+        self._quantised: dict[tuple[Value, tuple], Value] = {}  # by how: a key of QUANTISE
         self._half = padded(config.head_dim) // 2  # floats of half a head, padded
         self.tables: list[np.ndarray] = []  # constant tables that values may stand for
         self._rotary: list[RopeTable] = []  # those that are computed as positions are reached
@@ -89,7 +89,7 @@ class Program:
         """Token embeddings -> (T, D)."""
         weight = self.weights[name]
         x = self._value(weight.k)
-        self._note(embed.embed, TOKENS, y=x, weight=weight)
+        self._note(embed.embed, TOKENS, y=x, weight=weight, width=self.config.hidden_size)
         return x
 
     def add_position(self, x: Value, name: str) -> Value:
@@ -108,10 +108,11 @@ class Program:
     def linear(self, x: Value, name: str, onto: Value | None = None) -> Value:
         """x (T, K) -> (T, N), added to `onto` if given."""
         weight = self.weights[name]
-        if group := FORMATS[weight.format].group:
-            x = self._quantise(x, group)
+        format_ = FORMATS[weight.format]
+        if format_.group:
+            x = self._quantise(x, (format_.group, format_.spread))
         y = onto or self._value(weight.n, x.on_outputs)
-        self._note(FORMATS[weight.format].linear, SHARED, x=x, y=y, weight=weight, onto=int(onto is not None))
+        self._note(format_.linear, SHARED, x=x, y=y, weight=weight, onto=int(onto is not None))
         return y
 
     def rope(self, x: Value, table: Value) -> Value:
@@ -247,12 +248,12 @@ class Program:
         )
         return y
 
-    def _quantise(self, x: Value, group: int) -> Value:
-        if (x, group) not in self._quantised:
+    def _quantise(self, x: Value, how: tuple[int, bool]) -> Value:
+        if (x, how) not in self._quantised:
             q = self._value(x.width, x.on_outputs, int(x.width * ROW_BYTES))
-            self._quantised[x, group] = replace(q, private=True)
-            self._note(QUANTISE[group], ROWS, x=x, y=self._quantised[x, group], width=x.width)
-        return self._quantised[x, group]
+            self._quantised[x, how] = replace(q, private=True)
+            self._note(QUANTISE[how], ROWS, x=x, y=self._quantised[x, how], width=x.width)
+        return self._quantised[x, how]
 
     def _note_rows(self, kernel, x: Value, **fields) -> Value:
         y = replace(x, private=True)
