@@ -39,13 +39,13 @@ KINDS = (
     "f32",
     "bf16",
     "q8_0",
-    "q8_128",
+    "q8_256",
     "q6_k",
     "q4_0",
     "q4_k",
     "q4_128",
 )  # of weights; the others are made like these
-OURS = {"q8_128": "q8", "q4_128": "q4"}  # no file has it: --quant that makes it
+OURS = {"q8_256": "q8", "q4_128": "q4"}  # no file has it: --quant that makes it
 MATRICES = ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")  # the others are as small, or the same
 TOKENS = (1, 8, 64, 512)
 STREAMED = 1 << 29  # bytes of weights that are multiplied in turn, so that they come from memory

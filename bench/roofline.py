@@ -19,7 +19,7 @@ STYLES = {  # colours of Okabe and Ito, which everyone can tell apart, and marke
     "linear f32": ("#0072B2", "o"),
     "linear bf16": ("#56B4E9", "v"),
     "linear q8_0": ("#D55E00", "s"),
-    "linear q8_128": ("#F0E442", "h"),
+    "linear q8_256": ("#F0E442", "h"),
     "linear q6_k": ("#E69F00", "P"),
     "linear q4_0": ("#009E73", "^"),
     "linear q4_k": ("#999999", "X"),

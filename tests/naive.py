@@ -238,16 +238,17 @@ def quantise(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def hadamard(x: np.ndarray) -> np.ndarray:
-    """x (..., K), K a multiple of 32: every 128 columns times a Hadamard matrix that keeps lengths, of what
-    is left every 64 or 32. In the type of x, adding in the kernels' order; its own inverse."""
+    """x (..., K), K a multiple of 32: every 256 columns times a Hadamard matrix that keeps lengths, what is
+    left in runs of the power of two that divides it. In the type of x, in the kernels' order; its own
+    inverse."""
     out = np.array(x)
-    for first in range(0, x.shape[-1], 128):
-        part, n = out[..., first : first + 128], 1
+    for first in range(0, x.shape[-1], 256):
+        part, n = out[..., first : first + 256], 1
         while part.shape[-1] % (2 * n) == 0:
             pairs = part.reshape(*part.shape[:-1], -1, 2, n)
             part = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2)
             part, n = part.reshape(pairs.shape[:-3] + (-1,)), 2 * n
-        out[..., first : first + 128] = part * x.dtype.type(n**-0.5)
+        out[..., first : first + 256] = part * x.dtype.type(n**-0.5)
     return out
 
 
@@ -270,13 +271,13 @@ SHRINKS = np.float32([1, 0.85, 0.68, 0.5])  # of the levels, in the tables of q4
 TABLES = np.rint(np.float32(LEVELS) * SHRINKS[:, None])  # (4, 16)
 
 
-def rounded_128(x: np.ndarray, bits: int) -> np.ndarray:
-    """x (..., K), K a multiple of 32, through our q8_128 (spread) or q4_128 -> (..., K) float64: see
+def rounded(x: np.ndarray, bits: int) -> np.ndarray:
+    """x (..., K), K a multiple of 32, through our q8_256 or q4_128 -> (..., K) float64: see
     kernels/blocks.py."""
-    round_group, turn = {8: (_even_steps, hadamard), 4: (_rounded_group, np.array)}[bits]
+    group, round_group, turn = {8: (256, _even_steps, hadamard), 4: (128, _levels, np.array)}[bits]
     out = turn(np.asarray(x, np.float32)).astype(np.float64)
-    for first in range(0, x.shape[-1], 128):
-        part = out[..., first : first + 128]
+    for first in range(0, x.shape[-1], group):
+        part = out[..., first : first + group]
         part[:] = np.apply_along_axis(round_group, -1, part)
     return turn(out)
 
@@ -288,7 +289,7 @@ def _even_steps(x: np.ndarray) -> np.ndarray:
     return steps * np.float64(np.float16(top / np.float32(127)))
 
 
-def _rounded_group(x: np.ndarray) -> np.ndarray:
+def _levels(x: np.ndarray) -> np.ndarray:
     """The extreme becomes the first level or the last, or a bit more; then the scale of least squares."""
     found, extreme = [(np.inf, 0.0)], x.max() if x.max() > -x.min() else x.min()
     for end in (-127, 113, -137, 121) if extreme else ():

@@ -36,8 +36,8 @@ F32 = 2e-6  # a few roundings to float32, relative to the largest summand of eac
 ATTENTION = 4e-6  # a softmax over up to 700 scores and its mean of values around 1: measured 2.1e-6
 FUNCTIONS = 6e-7  # absolute, of functions within [-1, 1]: measured 3.9e-7 (erf) and 4.7e-7 (cosine)
 TILE = 8  # rows past the last token that a tile may touch
-TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17)
-SHAPES = [(16, 32), (5, 40), (48, 100), (33, 172)]  # rows, columns of a weight
+TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 32, 45)
+SHAPES = [(16, 32), (5, 40), (48, 100), (33, 172), (40, 1050)]  # rows, columns of a weight
 RNG = np.random.default_rng
 
 
@@ -98,7 +98,7 @@ class Step:
 
 
 FLOATS, BLOCKS = ("f32", "f16", "bf16"), tuple(BLOCK_FORMATS)
-OURS = {"q8_128": "q8", "q4_128": "q4"}  # formats that no file has: the --quant that makes them
+OURS = {"q8_256": "q8", "q4_128": "q4"}  # formats that no file has: the --quant that makes them
 FILES = tuple(kind for kind in BLOCKS if kind not in OURS)
 SCALES = {"iq4_nl": (0,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}  # where a block has its f16 numbers
 
@@ -140,17 +140,19 @@ def weights(values: np.ndarray, kind: str = "f32", bias=None, **need) -> tuple[W
 def values_of(kind: str, values: np.ndarray) -> np.ndarray:
     """What the file then holds, float64; or, padded columns too, what the format holds that no file has."""
     if kind in OURS:
-        return unpacked_128(*weights(values, kind))[: len(values)]
+        return unpacked(*weights(values, kind))[: len(values)]
     return tensor("w", values, kind).float32().astype(np.float64)
 
 
-def unpacked_128(loaded: Weights, name: str) -> np.ndarray:
-    """The values of a matrix in q8_128 or q4_128, (padded rows, padded columns) float64, from its bytes."""
+def unpacked(loaded: Weights, name: str) -> np.ndarray:
+    """The values of a matrix in one of our own formats, (padded rows, padded columns) float64, from its
+    bytes."""
     data, scales = (loaded.areas[f"{name}.{part}"] for part in ("data", "scales"))
-    panels, blocks, _ = data.shape
-    fine = loaded[name].format == "q8_128"
-    groups = scales[: panels * -(-blocks // 4) * (32 if fine else 96)].reshape(panels, -(-blocks // 4), -1)
-    factors = np.repeat(groups[..., :32].copy().view("<f2"), 4, 1)[:, :blocks].transpose(0, 2, 1)
+    (panels, blocks, _), layout = data.shape, FORMATS[loaded[name].format]
+    many, fine = layout.group // 32, loaded[name].format == "q8_256"
+    n_groups = -(-blocks // many)
+    groups = scales[: panels * n_groups * layout.scale_bytes].reshape(panels, n_groups, -1)
+    factors = np.repeat(groups[..., :32].copy().view("<f2"), many, 1)[:, :blocks].transpose(0, 2, 1)
     if fine:
         quads = data.reshape(panels, blocks, 8, 16, 4)
         integers = quads.transpose(0, 3, 1, 2, 4).reshape(panels, 16, blocks, 32) - 128.0
@@ -163,8 +165,7 @@ def unpacked_128(loaded: Weights, name: str) -> np.ndarray:
         keys = groups[..., 32:].reshape(panels, -1, 16)[:, :blocks].transpose(0, 2, 1)  # panel, row, block
         tables = keys[..., None] >> np.array([4, 6, 0, 2]) & 3
         integers = naive.TABLES[tables[..., None], numbers].reshape(panels, 16, blocks, 32)
-    values = integers * factors.astype(np.float64)[..., None]
-    values = values.reshape(panels * 16, blocks * 32)
+    values = (integers * factors.astype(np.float64)[..., None]).reshape(panels * 16, blocks * 32)
     return naive.hadamard(values) if fine else values
 
 
@@ -213,8 +214,8 @@ def columns(kind: str, k: int) -> int:
 @pytest.mark.parametrize("kind", [*FLOATS, *BLOCKS])
 def test_linear(kind, n, k):
     rng, k = RNG(n + k), columns(kind, k)
-    w, b, before = rng.normal(size=(n, k)), rng.normal(size=n), rng.normal(size=(17, n)).astype(np.float32)
-    x = rng.normal(size=(17, k)).astype(np.float32)
+    w, b, before = rng.normal(size=(n, k)), rng.normal(size=n), rng.normal(size=(45, n)).astype(np.float32)
+    x = rng.normal(size=(45, k)).astype(np.float32)
     for bias, onto in ((None, False), (b, False), (None, True), (b, True)):
         weight = weights(w, kind, bias)
         expected = activations(x, kind) @ values_of(kind, w).T
@@ -339,7 +340,7 @@ def test_rope(d):
         np.testing.assert_array_equal(found[..., half:], 0)
 
 
-@pytest.mark.parametrize("kind", [*FLOATS, *FILES, "q8_128"])
+@pytest.mark.parametrize("kind", [*FLOATS, *FILES, "q8_256"])
 def test_embed_and_position_and_asked(kind):
     rng, k = RNG(3), columns(kind, 40)
     wide, table = padded(k), rng.normal(size=(20, k))
@@ -601,7 +602,7 @@ def assert_rounded(found: np.ndarray, held: np.ndarray, name: str) -> None:
     if name in FLOATS:
         np.testing.assert_array_equal(found, round_trip(held, name))
         return
-    expected = naive.rounded_128(held, int(name[1])) if name in OURS else round_trip(held, name)
+    expected = naive.rounded(held, int(name[1])) if name in OURS else round_trip(held, name)
     group = min(FORMATS[name].group, held.shape[-1])
     found, expected, held = (x.reshape(-1, group) for x in (found, expected, held))
     if name in OURS:
@@ -622,7 +623,7 @@ def test_packed_rows_come_back(kind, quant, fine):
     w = RNG(4).normal(size=(37, columns(kind, 64))).astype(np.float32)
     w[0, :32], w[1, :32], w[2, 5] = 0, 0.25, -30
     loaded = Weights({"w": Need("w", w.shape, fine=fine)}, {"w": tensor("w", w, kind)}, quant, 2), "w"
-    eight = kind if kind == "q8_0" else "q8_128"
+    eight = kind if kind == "q8_0" else "q8_256"
     four = kind if kind in ("q4_0", "q4_1", "q4_k", "iq4_nl") else "q4_128"
     name = loaded[0]["w"].format
     assert name == {"none": kind, "f32": "f32", "q8": eight, "q4": eight if fine else four}[quant]

@@ -221,8 +221,8 @@ class Rounded:
     __array_ufunc__ = None  # x @ this asks this
 
     def __init__(self, w: np.ndarray, halves: int, bits: int):
-        self._halves, self._spread = halves, bits == 8
-        self._values = naive.rounded_128(self._padded(w), bits)
+        self._halves, self._how = halves, {8: (256, True), 4: (128, False)}[bits]
+        self._values = naive.rounded(self._padded(w), bits)
 
     def __getitem__(self, ids):
         return self._values[ids][..., : self._width]  # of an embedding, whose columns are no heads
@@ -232,7 +232,7 @@ class Rounded:
         return self
 
     def __rmatmul__(self, x):
-        return naive.activations(self._padded(x), 128, self._spread) @ self._values.T
+        return naive.activations(self._padded(x), *self._how) @ self._values.T
 
     def _padded(self, x):
         """Columns as they lie: all in whole blocks of 32; or every half of a head in half a block."""

@@ -28,7 +28,7 @@ def program(tiny_model):
 # --- who touches what: written from what each kernel says it does, not from how the program calls its split
 
 OWN_ROWS = ("rms_norm", "layer_norm", "silu_mul", "gelu_tanh", "gelu_erf", "noise_rows", "drift")
-OWN_ROWS += ("quantise_32", "quantise_128", "quantise_128_spread")
+OWN_ROWS += ("quantise_32", "quantise_128", "quantise_256_spread")
 OWN_TOKENS = ("embed", "add_position")
 OWN_HEADS = ("rope", "noise_heads", "write_cache")
 
@@ -195,7 +195,7 @@ def test_no_operation_reads_beyond_a_row(name, quant, program):
 
 def test_a_row_is_quantised_once_for_all_maps_that_read_it(program):
     steps = [step.kernel.name for step in program("llama-gqa", "q8").steps]
-    assert steps.count("quantise_128_spread") == 4 * 3 + 1  # before q/k/v, o, gate/up, down, and the head
+    assert steps.count("quantise_256_spread") == 4 * 3 + 1  # before q/k/v, o, gate/up, down, and the head
 
 
 def test_splits_are_known(program):

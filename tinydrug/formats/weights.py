@@ -21,8 +21,8 @@ from tinydrug.kernels.tables import PAD, PANEL, WEIGHT
 QUANTS = {  # --quant: formats of (matrices, embedding and head); None: as the file has it
     "none": (None, None),
     "f32": ("f32", "f32"),
-    "q8": ("q8_128", "q8_128"),
-    "q4": ("q4_128", "q8_128"),  # on a small model a 4-bit head costs more quality than all it saves
+    "q8": ("q8_256", "q8_256"),
+    "q4": ("q4_128", "q8_256"),  # on a small model a 4-bit head costs more quality than all it saves
 }
 _ELEMENT = {"f32": 4, "f16": 2, "bf16": 2}
 

@@ -9,12 +9,12 @@ to their planes (planes.py), scales and minima lie beside them, one a row of the
     q4_k, q5_k         [8 blocks: [8][16] u8, [8][16] u8, [16] f16, [16] f16]: 6-bit scales and minima, what
                        to multiply each with (minima are subtracted)
     q6_k               [8 blocks: [16][16] i8, [16] f16]: a scale for every 16 columns, what to multiply with
-    q8_128             [4 blocks][16] f16
+    q8_256             [8 blocks][16] f16
     q4_128             [4 blocks: [16] f16, [4][16] u8]: scales; keys of each block, two bits for every 8
                        columns, at bits 4, 6, 0 and 2
 
 Formulas: ggml-quants.c, dequantize_row_*. The last two are what `--quant` makes, q8 8.125 bits a weight and
-q4 4.375: 128 columns share a scale, so that integers are added up four times as far. In q8_128 they are
+q4 4.375: 128 columns share a scale, so that integers are added up four times as far. In q8_256 they are
 spread (hadamard.py), so that one scale suits them all; in q4_128 every 8 columns choose one of four tables,
 the small ones one of small levels. Tables hold integers: choosing costs no arithmetic.
 """
@@ -216,6 +216,6 @@ BLOCKS = {
     "q4_k": Blocks(PLANES[4], 0, 40, scale_k, minimum_k, None, _nibble_k(144, 16), _copy_scales_k(144)),
     "q5_k": Blocks(PLANES[5], 0, 40, scale_k, minimum_k, None, integer_q5_k, _copy_scales_k(176)),
     "q6_k": Blocks(PLANES[6], 32, 36, scale_q6_k, None, second_scale_q6_k, integer_q6_k, copy_scales_q6_k),
-    "q8_128": Blocks(PLANES[8], 128, 32, scale_1, None, None, None, None, 128, spread=True),
+    "q8_256": Blocks(PLANES[8], 128, 32, scale_1, None, None, None, None, 256, spread=True),
     "q4_128": Blocks(PLANES["tables"], 128, 96, scale_128, None, None, None, None, 128, keys=keys_128),
 }

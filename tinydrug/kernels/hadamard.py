@@ -3,28 +3,29 @@
 A few columns of activations are far larger than all others, and decide the step that their whole group is
 rounded by. Times a Hadamard matrix, a large component becomes many small ones, and numbers are nearly normal.
 The matrix is orthogonal and its own inverse, (W H) (H x) = W x: weights are spread when they are packed,
-activations when they are rounded. QuaRot (Ashkboos et al. 2024), here within groups of 128 columns: a
-transform that stays in registers. A narrower last group is spread in runs of 64 or 32.
+activations when they are rounded. QuaRot (Ashkboos et al. 2024), here within groups of 256 columns: a
+transform that stays in registers. A narrower last group is spread in runs of the power of two that divides
+it.
 """
 
 from tinydrug.kernels.jit import inline
-from tinydrug.kernels.vectors import tile2, tile4, tile6, tile8, tile_hadamard, tile_load, tile_store
+from tinydrug.kernels.vectors import by_rows, tile16, tile_hadamard, tile_load, tile_store
 
-
-@inline
-def spread(k, x):
-    """k floats at x, in place; again: back."""
-    whole = k // 128 * 128
-    for c in range(0, whole, 128):
-        _spread(tile8(), x + 4 * c)
-    if k - whole == 32:
-        _spread(tile2(), x + 4 * whole)
-    elif k - whole == 64:
-        _spread(tile4(), x + 4 * whole)
-    elif k - whole == 96:
-        _spread(tile6(), x + 4 * whole)
+WIDE = 256  # columns of a group
 
 
 @inline
 def _spread(zeros, x):
     tile_store(tile_hadamard(tile_load(zeros, x, 64)), x, 64)
+
+
+_spread_narrow = by_rows(_spread, WIDE // 16 - 2)
+
+
+@inline
+def spread(k, x):
+    """k floats at x, in place; again: back."""
+    whole = k // WIDE * WIDE
+    for c in range(0, whole, WIDE):
+        _spread(tile16(), x + 4 * c)
+    _spread_narrow((k - whole) // 16, x + 4 * whole)

@@ -22,6 +22,7 @@ from tinydrug.kernels.vectors import (
     load_bfloats,
     load_f32,
     load_halves,
+    no_bytes,
     prefetch,
     store_bytes,
     subtract_bytes,
@@ -49,8 +50,9 @@ from tinydrug.kernels.vectors import (
 
 i4, i8 = np.int32, np.int64
 UNPACKED = 1 << 20  # bytes of panels that are unpacked together
-PRODUCTS = 8192  # bytes for integer products, of four groups
-LEAD = 2  # groups that are multiplied ahead of their scaling: as long as tiles take
+RING = 4096  # bytes of four products
+TOGETHER = 32  # tokens, and
+SLICE = 512  # columns of them, that stay in a core's first cache while panels come from the second
 AHEAD = 8192  # bytes of weights to ask for before they are needed: hardware alone leaves a third of DRAM idle
 
 
@@ -109,13 +111,6 @@ def finish(acc, bias, onto, y, stride):
     tile_store(acc, y, stride)
 
 
-# --- tile registers -----------------------------------------------------------------------------------------
-@inline
-def panels_together(k):
-    """How many unpacked panels fit in a core's cache beside everything else."""
-    return max(1, UNPACKED // (16 * k))
-
-
 # --- a quantised format -------------------------------------------------------------------------------------
 def _block_linear(name, blocks):
     """The kernel of a quantised format; activations come as int8."""
@@ -128,6 +123,8 @@ def _block_linear(name, blocks):
         blocks.scale_bytes,
     )
     shift = max(offset, 1).bit_length() - 1
+    parts = 1 if second is None else 2  # products of a group,
+    tile_columns = min(64, group // parts)  # and columns of a tile
 
     @inline
     def groups_of(k):
@@ -177,19 +174,20 @@ def _block_linear(name, blocks):
             dots = dots_high(dots, w, 2, key_24, columns, stride)
             return tile_scale_add(acc, dots, second(s, g), scales, stride)
 
-        @inline
-        def multiply(x, w, width, out):
-            amx.begin()
-            amx.multiply_16(x, 32, w)
-            amx.end(out)
-            amx.begin()
-            amx.multiply_16(x + 16, 32, w + 256)
-            amx.end(out + 1024)
+        def product(t):
+            begin, multiply = amx.begin(t), amx.multiply(t)
+
+            @inline
+            def half(x, panel, i, k):
+                begin()
+                multiply(x + 256 * i - 240 * (i & 1), 32, panel + 256 * i)
+
+            return half
 
         @inline
-        def add_products(acc, products, s, g, x_scales, moments):
-            acc = tile_scale_add_stored(acc, products, scale(s, g), x_scales + 64 * g)
-            return tile_scale_add_stored(acc, products + 1024, second(s, g), x_scales + 64 * g)
+        def add_product(acc, integers, s, i, x_scales, moments):
+            factor = second(s, i >> 1) if i & 1 else scale(s, i >> 1)
+            return tile_scale_add_stored(acc, integers, factor, x_scales + 64 * (i >> 1))
 
     else:
 
@@ -218,22 +216,29 @@ def _block_linear(name, blocks):
                 acc = tile_fma(acc, minimum(s, g), moments_of(x, k) + 4 * g, stride)
             return acc
 
-        @inline
-        def multiply(x, w, width, out):
-            amx.begin()
-            for c in range(0, width - 32, 64):
-                amx.multiply_64(x + c, width, w + 16 * c)
-            if width % 64 != 0:
-                amx.multiply_32(x + width - 32, width, w + 16 * (width - 32))
-            amx.end(out)
+        def product(t):
+            begin, multiply = amx.begin(t), amx.multiply(t)
+
+            @inline
+            def whole(x, panel, i, k):
+                x, panel, width = x + 16 * group * i, panel + 16 * group * i, 32 * blocks_of(i, k)
+                begin()
+                if width == group:  # a loop that can be unrolled
+                    for c in range(0, group, tile_columns):
+                        multiply(x + c, group, panel + 16 * c)
+                else:
+                    for c in range(0, width, tile_columns):
+                        multiply(x + c, width, panel + 16 * c)
+
+            return whole
 
         @inline
-        def add_products(acc, products, s, g, x_scales, moments):
-            x = x_scales + 64 * g
+        def add_product(acc, integers, s, i, x_scales, moments):
+            x = x_scales + 64 * i
             if minimum is not None:
-                at = moments + 64 * g
-                return tile_scale_add_stored_fma(acc, products, scale(s, g), x, minimum(s, g), at)
-            return tile_scale_add_stored(acc, products, scale(s, g), x)
+                at = moments + 64 * i
+                return tile_scale_add_stored_fma(acc, integers, scale(s, i), x, minimum(s, i), at)
+            return tile_scale_add_stored(acc, integers, scale(s, i), x)
 
     @inline
     def tile(zeros, op, p, x, y, ahead):
@@ -261,45 +266,109 @@ def _block_linear(name, blocks):
                     quad = high(block, c, key_16 if c < 2 else key_24)
                     store_bytes(out + 256 + 64 * c, subtract_bytes(quad, i4(offset)))
                 block, out = block + block_bytes, out + 512
+        if w.k % tile_columns != 0:  # a tile is twice as wide as what is left: the rest is times zero
+            for j in range(0, 512, 64):
+                store_bytes(out + j, no_bytes())
 
     @inline
-    def tile_amx(w, p, onto, x, panel, products, y, y_stride):
-        """16 tokens; the integers of a group are multiplied while those of the one before are scaled."""
-        groups, acc = groups_of(w.k), tile16()
-        s = w.scales + p * groups * scale_bytes
-        x_scales, moments = x + 16 * scales_of(i8(0), w.k), x + 16 * moments_of(i8(0), w.k)
-        for g in range(min(LEAD, groups)):
-            at = 16 * group * g
-            multiply(x + at, panel + at, 32 * blocks_of(g, w.k), products + 2048 * (g & 3))
-        for g in range(LEAD, groups):
-            at = 16 * group * g
-            multiply(x + at, panel + at, 32 * blocks_of(g, w.k), products + 2048 * (g & 3))
-            acc = add_products(acc, products + 2048 * (g - LEAD & 3), s, g - LEAD, x_scales, moments)
-        for g in range(max(groups - LEAD, 0), groups):
-            acc = add_products(acc, products + 2048 * (g & 3), s, g, x_scales, moments)
-        finish(acc, w.bias + 64 * p if w.bias != 0 else i8(0), onto, y, y_stride)
+    def unpacked_bytes(k):
+        """Of a panel."""
+        return 16 * ((k + tile_columns - 1) // tile_columns * tile_columns)
+
+    configure = amx.configure(tile_columns)
+
+    @inline
+    def add_product_at(acc, at, integers, op, few, tiles, first, last, partial):
+        """A product to the sums of its token tile t and panel p, which begin with it or are taken up again,
+        and are left for later or finished. And where the next one is."""
+        i, t, p = at
+        w, x = op.weight, op.x.data + (few + 16 * t) * op.x.stride
+        if i == first:
+            acc = tile_load(acc, partial, 64) if first > 0 else tile16()
+        s = w.scales + p * groups_of(w.k) * scale_bytes
+        acc = add_product(
+            acc, integers, s, i, x + 16 * scales_of(i8(0), w.k), x + 16 * moments_of(i8(0), w.k)
+        )
+        i += 1
+        if i == last:
+            if last < parts * groups_of(w.k):
+                tile_store(acc, partial, 64)
+            else:
+                y = op.y.data + (few + 16 * t) * op.y.stride + 64 * p
+                finish(acc, w.bias + 64 * p if w.bias != 0 else i8(0), op.onto != 0, y, op.y.stride)
+            i, t, partial = first, t + 1, partial + 1024
+            if t == tiles:
+                t, p = i8(0), p + 1
+        return acc, (i, t, p), partial
+
+    def turn(j):
+        """A step of the pipeline: product m + j begins, the one two before leaves its tile, and the one four
+        before is added."""
+        multiply, end = product(j), amx.end(j ^ 2)
+
+        @inline
+        def step(acc, begun, added, partial, m, count, op, few, tiles, first, last, ring):
+            if m + j < count:
+                i, t, x, panel = begun
+                multiply(x, panel, i, op.weight.k)
+                i += 1
+                if i == last:
+                    i, t, x = first, t + 1, x + 16 * op.x.stride
+                    if t == tiles:
+                        t, x = i8(0), x - 16 * tiles * op.x.stride
+                        panel += unpacked_bytes(op.weight.k)
+                begun = i, t, x, panel
+            if 2 <= m + j < count + 2:
+                end(ring + 1024 * (j ^ 2))
+            if 4 <= m + j < count + 4:
+                acc, added, partial = add_product_at(
+                    acc, added, ring + 1024 * j, op, few, tiles, first, last, partial
+                )
+            return acc, begun, added, partial
+
+        return step
+
+    turn_0, turn_1, turn_2, turn_3 = map(turn, range(4))
+
+    @inline
+    def add_slice(op, few, tiles, first, last, p0, p1, panels, ring, partial):
+        """Products first .. last of so many token tiles from token `few` on and panels p0 .. p1, in a
+        pipeline of four: tiles wait for their stores, and stores for what reads them."""
+        count, acc = (p1 - p0) * tiles * (last - first), tile16()
+        begun = first, i8(0), op.x.data + few * op.x.stride, panels
+        added = first, i8(0), p0
+        rest = count, op, few, tiles, first, last, ring
+        for m in range(0, count + 4, 4):
+            acc, begun, added, partial = turn_0(acc, begun, added, partial, m, *rest)
+            acc, begun, added, partial = turn_1(acc, begun, added, partial, m, *rest)
+            acc, begun, added, partial = turn_2(acc, begun, added, partial, m, *rest)
+            acc, begun, added, partial = turn_3(acc, begun, added, partial, m, *rest)
 
     @inline
     def linear_amx(call, op, tid, n, rows):
         """All whole groups of 16 tokens; how many tokens that were. Some panels at a time are unpacked, to be
-        used for all tokens."""
+        used for all tokens; some columns at a time, so that those of a few tokens stay in the first cache."""
         w, done = op.weight, rows // 16 * 16
         if done == 0:
             return done
         lo, hi = share(w.n // 16, tid, n)
-        products = call.scratch + tid * call.scratch_stride
-        panels, many = products + PRODUCTS, panels_together(w.k)
-        amx.configure(products)
-        for first in range(lo, hi, many):
-            last = min(first + many, hi)
-            for p in range(first, last):
-                unpack(w, p, panels + 16 * w.k * (p - first))
-            for t in range(0, done, 16):
-                x = op.x.data + t * op.x.stride
-                for p in range(first, last):
-                    y = op.y.data + t * op.y.stride + 64 * p
-                    panel = panels + 16 * w.k * (p - first)
-                    tile_amx(w, p, op.onto != 0, x, panel, products, y, op.y.stride)
+        total = parts * groups_of(w.k)
+        slices = max(1, w.k // SLICE)
+        step = (total + slices - 1) // slices
+        many = max(1, UNPACKED // unpacked_bytes(w.k))  # panels
+        ring = call.scratch + tid * call.scratch_stride
+        panels = ring + RING
+        partial = panels + many * unpacked_bytes(w.k)
+        configure(ring)
+        for p0 in range(lo, hi, many):
+            p1 = min(p0 + many, hi)
+            for p in range(p0, p1):
+                unpack(w, p, panels + unpacked_bytes(w.k) * (p - p0))
+            for few in range(0, done, TOGETHER):
+                tiles = min(TOGETHER, done - few) // 16
+                for first in range(0, total, step):
+                    last = min(first + step, total)
+                    add_slice(op, few, tiles, first, last, p0, p1, panels, ring, partial)
         amx.release()
         return done
 
@@ -383,4 +452,4 @@ LINEAR = {
 
 def scratch_bytes(k: int) -> int:
     """Private memory that a thread wants for linear maps over k columns: products and unpacked panels."""
-    return PRODUCTS + max(UNPACKED, 16 * k)
+    return RING + max(UNPACKED, 16 * k + 512) + 64 * TOGETHER * (1 + UNPACKED // (16 * SLICE))

@@ -359,7 +359,7 @@ _WRITE = {
     "f16": _write_floats(store_f16, 2),
     "bf16": _write_floats(store_bf16, 2),
     "q8_0": _write_bytes(32),
-    "q8_128": _write_bytes(128),
+    "q8_256": _write_bytes(256),
     "q4_128": write_q4_128,
 }
 FORMATS = {

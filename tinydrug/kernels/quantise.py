@@ -20,13 +20,11 @@ from tinydrug.kernels.blocks import BLOCKS
 from tinydrug.kernels.jit import inline, kernel
 from tinydrug.kernels.tables import OPERATION, my_rows, row, rows_of
 from tinydrug.kernels.vectors import (
+    TILES,
+    by_rows,
     get_int,
     store_f32,
     store_i32,
-    tile2,
-    tile4,
-    tile6,
-    tile8,
     tile_hadamard,
     tile_highest_magnitude,
     tile_load,
@@ -63,7 +61,7 @@ def half_sums_of(q, k):
 def quantise_by(group, spread):
     """The operation for groups of so many columns; the last may be narrower."""
 
-    whole = {32: tile2, 128: tile8}[group]
+    whole = TILES[group // 16]
 
     @inline
     def round_group(zeros, x, q, k, g, together, r):
@@ -86,6 +84,8 @@ def quantise_by(group, spread):
         store_i32(halves, -first_sum)
         store_i32(halves + 4, -second_sum)
 
+    round_narrow = by_rows(round_group, group // 16 - 2)
+
     @kernel(OPERATION, f"quantise_{group}" + "_spread" * spread)
     def quantise(call, op, tid, n):
         """x (T, k) f32 -> y (T, k) int8: scales absmax / 127, as ggml's q8_0 but in f32."""
@@ -100,12 +100,7 @@ def quantise_by(group, spread):
             x, q = row(op.x, i, me), row(op.y, i - r, me)
             for g in range(groups):
                 round_group(whole(), x, q, k, g, together, r)
-            if left == 32:
-                round_group(tile2(), x, q, k, groups, together, r)
-            elif left == 64:
-                round_group(tile4(), x, q, k, groups, together, r)
-            elif left == 96:
-                round_group(tile6(), x, q, k, groups, together, r)
+            round_narrow(left // 16, x, q, k, groups, together, r)
 
     return quantise
 

@@ -22,6 +22,7 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic, models, register_model
 
 from tinydrug.kernels.isa import ISA, WIDE_LOOKUP
+from tinydrug.kernels.jit import inline
 
 LANES = 16  # lanes of 32 bits in every vector here
 ELEMENTS = {
@@ -211,6 +212,11 @@ def store_ints(b, p, x):
 @op(B(address))
 def load_bytes(b, p):
     return _load(b, p, _llvm(B), 1)
+
+
+@op(B())
+def no_bytes(b):
+    return _const(B, 0)
 
 
 @op(void(address, I))
@@ -693,9 +699,24 @@ def _zeros(r):
     return zeros
 
 
-tile1, tile2, tile4, tile6, tile8, tile16 = map(
-    _zeros, (1, 2, 4, 6, 8, 16)
-)  # a tile of zeros; its type carries r through the kernels
+TILES = {r: _zeros(r) for r in (1, *range(2, 17, 2))}  # a tile of zeros; its type carries r through kernels
+tile1, tile2, tile4, tile8, tile16 = (TILES[r] for r in (1, 2, 4, 8, 16))
+
+
+def by_rows(body, most):
+    """An inline function (r, *args): body(tile of r rows of zeros, *args), r even and at most this."""
+    if most == 0:
+        return inline(lambda r, *args: None)
+    zeros, fewer = TILES[most], by_rows(body, most - 2)
+
+    @inline
+    def choose(r, *args):
+        if r == most:
+            body(zeros(), *args)
+        else:
+            fewer(r, *args)
+
+    return choose
 
 
 def _row_address(b, p, step, r):
@@ -791,7 +812,7 @@ def tile_as_floats(b, t):
 @op(lambda t: t(t))
 def tile_hadamard(b, t):
     """The floats of a tile one after the other, in runs as long as a power of two divides them (a multiple of
-    16, up to 128), times the symmetric Hadamard matrix that keeps lengths."""
+    16), times the symmetric Hadamard matrix that keeps lengths."""
     rows = [b.extract_value(t, r) for r in range(t.type.count)]
     for n in (1, 2, 4, 8):
         swap = ir.Constant(ir.VectorType(i32, LANES), [k ^ n for k in range(LANES)])
