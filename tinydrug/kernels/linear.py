@@ -277,54 +277,45 @@ def _block_linear(name, blocks):
 
     configure = amx.configure(tile_columns)
 
-    @inline
-    def add_product_at(acc, at, integers, op, few, tiles, first, last, partial):
-        """A product to the sums of its token tile t and panel p, which begin with it or are taken up again,
-        and are left for later or finished. And where the next one is."""
-        i, t, p = at
-        w, x = op.weight, op.x.data + (few + 16 * t) * op.x.stride
-        if i == first:
-            acc = tile_load(acc, partial, 64) if first > 0 else tile16()
-        s = w.scales + p * groups_of(w.k) * scale_bytes
-        acc = add_product(
-            acc, integers, s, i, x + 16 * scales_of(i8(0), w.k), x + 16 * moments_of(i8(0), w.k)
-        )
-        i += 1
-        if i == last:
-            if last < parts * groups_of(w.k):
-                tile_store(acc, partial, 64)
-            else:
-                y = op.y.data + (few + 16 * t) * op.y.stride + 64 * p
-                finish(acc, w.bias + 64 * p if w.bias != 0 else i8(0), op.onto != 0, y, op.y.stride)
-            i, t, partial = first, t + 1, partial + 1024
-            if t == tiles:
-                t, p = i8(0), p + 1
-        return acc, (i, t, p), partial
-
     def turn(j):
         """A step of the pipeline: product m + j begins, the one two before leaves its tile, and the one four
-        before is added."""
+        before is added to the sums of its token tile and panel, which begin with it or are taken up again,
+        and are left for later or finished."""
         multiply, end = product(j), amx.end(j ^ 2)
 
         @inline
-        def step(acc, begun, added, partial, m, count, op, few, tiles, first, last, ring):
+        def step(acc, begun, added, m, count, ring, lengths, x_step, panel_step, rows, finished):
+            first, last, tiles, k = lengths
             if m + j < count:
                 i, t, x, panel = begun
-                multiply(x, panel, i, op.weight.k)
+                multiply(x, panel, i, k)
                 i += 1
                 if i == last:
-                    i, t, x = first, t + 1, x + 16 * op.x.stride
+                    i, t, x = first, t + 1, x + x_step
                     if t == tiles:
-                        t, x = i8(0), x - 16 * tiles * op.x.stride
-                        panel += unpacked_bytes(op.weight.k)
+                        t, x, panel = i8(0), x - tiles * x_step, panel + panel_step
                 begun = i, t, x, panel
-            if 2 <= m + j < count + 2:
-                end(ring + 1024 * (j ^ 2))
+            end(ring + 1024 * (j ^ 2))
             if 4 <= m + j < count + 4:
-                acc, added, partial = add_product_at(
-                    acc, added, ring + 1024 * j, op, few, tiles, first, last, partial
-                )
-            return acc, begun, added, partial
+                i, t, x, moments, s, y, bias, partial = added
+                scales_step, y_stride, onto = rows
+                if i == first:
+                    acc = tile_load(acc, partial, 64) if first > 0 else tile16()
+                acc = add_product(acc, ring + 1024 * j, s, i, x, moments)
+                i += 1
+                if i == last:
+                    if finished:
+                        finish(acc, bias, onto, y, y_stride)
+                    else:
+                        tile_store(acc, partial, 64)
+                    i, t, x, moments = first, t + 1, x + x_step, moments + x_step
+                    y, partial = y + 16 * y_stride, partial + 1024
+                    if t == tiles:
+                        t, x, moments = i8(0), x - tiles * x_step, moments - tiles * x_step
+                        s, y = s + scales_step, y - 16 * tiles * y_stride + 64
+                        bias = bias + 64 if bias != 0 else bias
+                added = i, t, x, moments, s, y, bias, partial
+            return acc, begun, added
 
         return step
 
@@ -334,15 +325,19 @@ def _block_linear(name, blocks):
     def add_slice(op, few, tiles, first, last, p0, p1, panels, ring, partial):
         """Products first .. last of so many token tiles from token `few` on and panels p0 .. p1, in a
         pipeline of four: tiles wait for their stores, and stores for what reads them."""
-        count, acc = (p1 - p0) * tiles * (last - first), tile16()
-        begun = first, i8(0), op.x.data + few * op.x.stride, panels
-        added = first, i8(0), p0
-        rest = count, op, few, tiles, first, last, ring
+        w, count, acc = op.weight, (p1 - p0) * tiles * (last - first), tile16()
+        x, k, scales_step = op.x.data + few * op.x.stride, w.k, groups_of(w.k) * scale_bytes
+        begun = first, i8(0), x, panels
+        x_scales, moments = x + 16 * scales_of(i8(0), k), x + 16 * moments_of(i8(0), k)
+        y, bias = op.y.data + few * op.y.stride + 64 * p0, w.bias + 64 * p0 if w.bias != 0 else i8(0)
+        added = first, i8(0), x_scales, moments, w.scales + p0 * scales_step, y, bias, partial
+        rest = count, ring, (first, last, tiles, k), 16 * op.x.stride, unpacked_bytes(k)
+        rows, finished = (scales_step, op.y.stride, op.onto != 0), last == parts * groups_of(k)
         for m in range(0, count + 4, 4):
-            acc, begun, added, partial = turn_0(acc, begun, added, partial, m, *rest)
-            acc, begun, added, partial = turn_1(acc, begun, added, partial, m, *rest)
-            acc, begun, added, partial = turn_2(acc, begun, added, partial, m, *rest)
-            acc, begun, added, partial = turn_3(acc, begun, added, partial, m, *rest)
+            acc, begun, added = turn_0(acc, begun, added, m, *rest, rows, finished)
+            acc, begun, added = turn_1(acc, begun, added, m, *rest, rows, finished)
+            acc, begun, added = turn_2(acc, begun, added, m, *rest, rows, finished)
+            acc, begun, added = turn_3(acc, begun, added, m, *rest, rows, finished)
 
     @inline
     def linear_amx(call, op, tid, n, rows):
