@@ -201,8 +201,8 @@ class Runtime:
         n_outputs = sum(part.outputs for part in parts)
         self._reserve_outputs(n_outputs)
         self._reserve_spans(len(parts))
-        tokens, t, out = self._tokens, 0, 0
-        ahead: dict[int, int] = {}  # tokens this step already gives a session
+        spans, owners, positions, ids, outputs = [], [], [], [], []  # a span a part; the others a token
+        out, ahead = 0, {}  # logits asked for, and tokens this step already gives a session
         for s, part in enumerate(parts):
             session, n = part.session, len(part.ids)
             start = part.start
@@ -217,13 +217,16 @@ class Runtime:
             keys, values = session.cache.begin(start, noisy, part.start is not None)
             noise = doses.ctypes.data, session.noise_seed, session.born, session.awake.ctypes.data
             counts = session.moved.ctypes.data, session.measured
-            self._spans[s] = t, n, keys, values, self.slots, *noise, *counts, terms.ctypes.data
-            rows = tokens[t : t + n]
-            rows["span"], rows["position"], rows["id"] = s, np.arange(start, start + n), part.ids
-            rows["output"] = -1
-            if part.outputs:
-                rows["output"][n - part.outputs :] = np.arange(out, out + part.outputs)
-            t, out = t + n, out + part.outputs
+            spans.append((len(ids), n, keys, values, self.slots, *noise, *counts, terms.ctypes.data))
+            owners.extend([s] * n)
+            positions.extend(range(start, start + n))
+            ids.extend(part.ids)
+            outputs.extend([-1] * (n - part.outputs))
+            outputs.extend(range(out, out := out + part.outputs))
+        t = len(ids)
+        self._spans[: len(spans)] = spans
+        for name, column in (("span", owners), ("position", positions), ("id", ids), ("output", outputs)):
+            self._tokens[name][:t] = column
         call = self._call
         call["n_tokens"], call["n_outputs"], call["n_spans"] = t, n_outputs, len(parts)
         # What sober tokens leave behind, if no logits are asked for, is in the cache before the end.

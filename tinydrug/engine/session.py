@@ -59,6 +59,7 @@ class Session:
                 "none: dose H, Q, pK, A or M, or use --attention softmax"
             )
         self.doses, self.terms = doses, term_table(schedule, self.runtime.config)
+        self._dosed = bool(doses["theta"].any() or self.terms.view("f8").any())
         self.schedule = schedule
         self.protect(self._protected_positions, self._protected_ids)
         if schedule.seed is not None:
@@ -154,8 +155,7 @@ class Session:
         start, first = self.pos, max(self.pos, self.schedule.sink)
         self.ids.extend(map(int, ids))
         self._written = max(self._written, self.pos)
-        dosed = self.doses["theta"].any() or self.terms.view("f8").any()
-        noisy = drugged and first < self.pos and dosed
+        noisy = drugged and first < self.pos and self._dosed
         if not drugged:
             self.born = max(self.born, self.pos)  # later, if the rest of this prompt is drugged
         elif noisy:

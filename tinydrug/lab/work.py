@@ -19,7 +19,7 @@ from tinydrug.errors import ConfigError, TinydrugError
 from tinydrug.lab.plan import Job
 from tinydrug.loading import load
 
-PLACES = 32  # sequences written together
+PLACES = 64  # sequences written together
 TASK = 64  # jobs of one task of a cluster: its rows come back together
 PULSE = 0.1  # seconds between two looks at what has come
 TAIL = 0.2  # of a text, scored apart: it wanders off late if it does
