@@ -207,36 +207,6 @@ FORMS = {"rotation": rotate, "L2": add, "NL": nlerp}  # by the name a dose has f
 LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])  # of iq4_nl
 
 
-def quantise(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x (..., K), K a multiple of 32 -> codes (..., K/32, 32) int, scales and minima (..., K/32) float16.
-
-    A code c stands for c * scale + minimum: signed for q8_0, 0 to 15 for q4_0 (minimum -8 scale) and q4_1.
-    """
-    blocks = np.asarray(x, np.float32).reshape(*x.shape[:-1], -1, 32)
-    low = np.zeros(blocks.shape[:-1], np.float32)
-    if kind == "q8_0":
-        d = np.abs(blocks).max(-1) / np.float32(127)
-        scaled = blocks * _inverse(d)[..., None]
-        return (
-            (np.sign(scaled) * np.floor(np.abs(scaled) + 0.5)).astype(int),
-            d.astype(np.float16),
-            low.astype("f2"),
-        )
-    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
-    if kind == "q4_0":  # the entry of largest magnitude becomes code 0, which stands for -8 scales
-        d, shift = extreme / np.float32(-8), np.float32(8.5)
-        half = d.astype(np.float16)
-        return _nibbles(blocks * _inverse(d)[..., None] + shift), half, (-8 * half.astype("f4")).astype("f2")
-    assert kind == "q4_1", kind
-    low = blocks.min(-1)
-    d = (blocks.max(-1) - low) / np.float32(15)
-    return (
-        _nibbles((blocks - low[..., None]) * _inverse(d)[..., None] + np.float32(0.5)),
-        d.astype("f2"),
-        low.astype("f2"),
-    )
-
-
 def hadamard(x: np.ndarray) -> np.ndarray:
     """x (..., K), K a multiple of 32: every 256 columns times a Hadamard matrix that keeps lengths, what is
     left in runs of the power of two that divides it. In the type of x, in the kernels' order; its own
@@ -311,20 +281,6 @@ def _by_tables(x: np.ndarray, tables: int) -> np.ndarray:
     back = first[:, None] - np.arange(4)  # how many tables before the smallest
     best = np.where((back >= 0) & (back < tables), errors, np.inf).argmin(1)
     return q[np.arange(len(q)), best].reshape(-1)
-
-
-def dequantise(codes: np.ndarray, scales: np.ndarray, minima: np.ndarray) -> np.ndarray:
-    """What quantise made -> (..., K) float64."""
-    x = codes * scales[..., None].astype(np.float64) + minima[..., None].astype(np.float64)
-    return x.reshape(*codes.shape[:-2], -1)
-
-
-def _inverse(d: np.ndarray) -> np.ndarray:
-    return np.divide(np.float32(1), d, out=np.zeros_like(d), where=d != 0)
-
-
-def _nibbles(shifted: np.ndarray) -> np.ndarray:
-    return np.clip(np.trunc(shifted), 0, 15).astype(int)
 
 
 # --- whole models

@@ -197,7 +197,7 @@ def test_a_format_that_packs_otherwise_needs_another_layout(name):
     found = Weights({"w": Need("w", (ROWS, COLUMNS))}, {"w": stored(kind)}, quant or "none", 1)
     assert found.fingerprint()[:16] == PINNED[name]
     assert quant or found["w"].format == kind
-    assert packed.LAYOUT == "panels 16 x 32, 3"
+    assert packed.LAYOUT == "panels 16 x 32, 4"
 
 
 def test_what_a_checkpoint_says_of_itself(pack, source):
@@ -391,7 +391,7 @@ UNSOUND = {  # a change of a sound file, signed anew -> what is said of it
     "another program's": (put(0, "format", value="pt"), "not packed weights: run `tinydrug quantize` again"),
     "another layout": (
         put(0, "layout", value="panels 16 x 32, 0"),
-        "the layout 'panels 16 x 32, 0', this version has 'panels 16 x 32, 3': run `tinydrug quantize` again",
+        "the layout 'panels 16 x 32, 0', this version has 'panels 16 x 32, 4': run `tinydrug quantize` again",
     ),
     "no layout": (put(0, "layout", value=None), "packed in the layout None, this version has"),
     "no quantisation": (put(0, "quant", value=None), "not as it was written"),

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 FILE = "packed.safetensors"
 FORMAT = "tinydrug packed weights"
-LAYOUT = f"panels {PANEL} x {PAD}, 3"  # the last number grows when a tensor's bytes, or their meaning, change
+LAYOUT = f"panels {PANEL} x {PAD}, 4"  # the last number grows when a tensor's bytes, or their meaning, change
 TEXTS = ("format", "layout", "quant", "source", "digests")
 CHECKPOINT = "checkpoint"
 OTHER = "it does not have the digest that it was written with"

@@ -13,10 +13,10 @@ to their planes (planes.py), scales and minima lie beside them, one a row of the
     q4_128             [4 blocks: [16] f16, [4][16] u8]: scales; keys of each block, two bits for every 8
                        columns, at bits 4, 6, 0 and 2
 
-Formulas: ggml-quants.c, dequantize_row_*. The last two are what `--quant` makes, q8 8.125 bits a weight and
-q4 4.375: 128 columns share a scale, so that integers are added up four times as far. In q8_256 they are
-spread (hadamard.py), so that one scale suits them all; in q4_128 every 8 columns choose one of four tables,
-the small ones one of small levels. Tables hold integers: choosing costs no arithmetic.
+Formulas: ggml-quants.c, dequantize_row_*. The last two are what `--quant` makes, q8 8.0625 bits a weight and
+q4 4.375: 256 and 128 columns share a scale, so that integers are added up eight and four times as far. In
+q8_256 they are spread (hadamard.py), so that one scale suits them all; in q4_128 every 8 columns choose one
+of four tables, the small ones one of small levels. Tables hold integers: choosing costs no arithmetic.
 """
 
 from typing import NamedTuple
@@ -192,7 +192,7 @@ def copy_scales_q6_k(row, b, r, scales):
     store_u16(s + 256 + 2 * r, load_u16(block + 208))
 
 
-# --- our own: four blocks share a scale, in q4_128 every 8 columns choose their table --------------------
+# --- q4_128: four blocks share a scale, and every 8 columns choose their table ------------------------------
 @inline
 def scale_128(s, g):
     return load_halves(s + 96 * g)

@@ -52,7 +52,7 @@ i4, i8 = np.int32, np.int64
 UNPACKED = 1 << 20  # bytes of panels that are unpacked together
 RING = 4096  # bytes of four products
 TOGETHER = 32  # tokens, and
-SLICE = 512  # columns of them, that stay in a core's first cache while panels come from the second
+SLICE = 512  # columns of them at least, that stay in a core's first cache while panels come from the second
 AHEAD = 8192  # bytes of weights to ask for before they are needed: hardware alone leaves a third of DRAM idle
 
 
@@ -446,5 +446,6 @@ LINEAR = {
 
 
 def scratch_bytes(k: int) -> int:
-    """Private memory that a thread wants for linear maps over k columns: products and unpacked panels."""
+    """Private memory that a thread wants for linear maps over k columns: products, unpacked panels and
+    sums that are not finished."""
     return RING + max(UNPACKED, 16 * k + 512) + 64 * TOGETHER * (1 + UNPACKED // (16 * SLICE))

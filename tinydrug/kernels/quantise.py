@@ -10,7 +10,7 @@ undoes the offset of unsigned weights exactly, sum (q + 128) a = sum q a + 128 s
 minimum is multiplied with.
 
 Where there are tile registers (amx.py), every 16 rows of a call that fill a tile lie together instead, group
-by group: [k/32][16][32 int8], [k/32][16] scales, and so on, in the memory of the 16 rows.
+by group: [groups][16][int8 of a group], [groups][16] scales, and so on, in the memory of the 16 rows.
 """
 
 import numpy as np
@@ -35,6 +35,7 @@ from tinydrug.kernels.vectors import (
 )
 
 f4 = np.float32
+LEAST = f4(4e-37)  # 127 times one over less would overflow
 ROW_BYTES = 13 / 8  # of a quantised row, for each column
 
 
@@ -71,12 +72,12 @@ def quantise_by(group, spread):
         if spread:
             tile = tile_hadamard(tile)
         top = tile_highest_magnitude(tile)
-        # A group of NaN or infinity keeps its NaN in the scale, so that the logits show it.
-        inverse = f4(127.0) / top if top > f4(0.0) and top < f4(np.inf) else f4(0.0)
+        inverse = f4(127.0) / top if top > LEAST and top < f4(np.inf) else f4(0.0)
         tile = tile_round(tile, inverse)
         tile_store_low_bytes(tile, q + at + r * width)
         both, at = tile_sum_alternate(tile), together * g + r
-        scale, first_sum, second_sum = top * f4(1 / 127), get_int(both, 0), get_int(both, 8)
+        # A group of NaN or infinity has NaN for its scale, so that all logits show it, and alike.
+        scale, first_sum, second_sum = top * f4(1 / 127) + (top - top), get_int(both, 0), get_int(both, 8)
         halves = q + together * half_sums_of(0, k) + 8 * at
         store_f32(q + together * scales_of(0, k) + 4 * at, scale)
         store_i32(q + together * sums_of(0, k) + 4 * at, -(first_sum + second_sum))
