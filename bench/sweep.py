@@ -2,10 +2,10 @@
 
     python -m bench.sweep --model smollm2-135m
 
-Both answer the same question under the same doses, 100 tokens each, ended by length alone. A sequence alone
-has all threads, and does not read its prompt again. A sweep also scores every text without noise: rows
-"scored" hold that against generating and scoring one after the other. Processes are counted once all of them
-are at work, from the first full batch to the last.
+With weights as the file has them, and quantised to q8. All answer the same question under the same doses,
+100 tokens each, ended by length alone. A sequence alone has all threads, and does not read its prompt again.
+A sweep also scores every text without noise: rows "scored" hold that against generating and scoring one after
+the other. Processes are counted once all of them are at work, from the first full batch to the last.
 """
 
 import argparse
@@ -70,8 +70,13 @@ def on_all_processes(source: Source, workers: int, batches: int) -> float:
 
 
 def measure(args: argparse.Namespace) -> Iterable[Row]:
+    for quant in ("none", "q8"):
+        yield from _measure(args, quant)
+
+
+def _measure(args: argparse.Namespace, quant: str) -> Iterable[Row]:
     figures, count = defaultdict(list), PLACES if args.quick else 2 * PLACES
-    with tinydrug.load(args.model, threads=args.threads) as engine:
+    with tinydrug.load(args.model, quant=quant, threads=args.threads) as engine:
         together(engine, 2)  # compiles
         for _ in range(args.rounds):
             figures["alone"].append(alone(engine, False))
@@ -79,11 +84,11 @@ def measure(args: argparse.Namespace) -> Iterable[Row]:
             figures["alone scored"].append(alone(engine, True))
             figures["together scored"].append(together_scored(engine, count))
     median = {what: statistics.median(values) for what, values in figures.items()}
-    what = f"{PLACES} at a time, {TOKENS} tokens each"
+    what = f"--quant {quant}: {PLACES} at a time, {TOKENS} tokens each"
     yield Row(what, median["together"], "tokens/s", "one at a time", median["alone"], SWEEP)
     yield Row(f"{what}, scored", median["together scored"], "tokens/s", "one, scored", median["alone scored"])
-    speed = on_all_processes(Source(args.model, threads=1), args.threads, 2 if args.quick else 3)
-    name = f"{args.threads} processes, {what}, scored"
+    speed = on_all_processes(Source(args.model, quant, threads=1), args.threads, 2 if args.quick else 3)
+    name = f"{what}, scored, by {args.threads} processes"
     yield Row(name, speed, "tokens/s", "one, scored", median["alone scored"])
 
 
