@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -574,6 +575,38 @@ def test_cliff():
     (row,) = cliffs(cells(found, rows), ["V uniform"])
     assert row["safe"] == 0.2 and row["cliff"] == pytest.approx(0.2 * 2**0.5)
     assert row["cliff_low"] == row["cliff_high"] == row["cliff"] and row["coherent_at_largest"] == 0
+
+
+@pytest.mark.parametrize(
+    "prompts, worst, expected",
+    [
+        (1, 9.0, {"safe": 0.2, "cliff": 0.2 * 2**0.5, "cliff_low": np.nan, "cliff_high": np.nan}),
+        (3, 1.0, {"safe": 0.8, "cliff": np.nan, "cliff_low": np.inf, "cliff_high": np.inf}),
+    ],
+)
+def test_cliff_without_an_interval_or_beyond(prompts, worst, expected):
+    from tinydrug.cli.lab.sweep import summary
+    from tinydrug.lab.cliff import cliffs
+
+    found = plan(grid={"sites": ["V"], "doses": [0.1, 0.2, 0.4, 0.8]}, max_perplexity=20.0)
+    table = cells(
+        found, made(found, lambda job: "a b c d", lambda job: worst if job.condition.level >= 0.4 else 1.0)
+    )
+    (name,) = {cell["prompt"] for cell in table[:1]}
+    table = [cell | {"prompt": f"p{i}"} for cell in table if cell["prompt"] == name for i in range(prompts)]
+    (row,) = cliffs(table, ["V uniform"])
+    for key, value in expected.items():
+        assert row[key] == pytest.approx(value, nan_ok=True), key
+    shown = summary(SimpleNamespace(conditions=[], cliffs=[row])).splitlines()[-1]
+    assert shown.endswith("(one prompt: no interval)" if prompts == 1 else "beyond 0.8 (beyond to beyond)")
+
+
+def test_no_dose_is_safe_where_sober_text_is_broken():
+    from tinydrug.lab.cliff import cliffs
+
+    found = plan(grid={"sites": ["V"], "doses": [0.1, 0.2]}, max_perplexity=20.0)
+    (row,) = cliffs(cells(found, made(found, lambda job: "a b c d", 9.0)), ["V uniform"])
+    assert np.isnan(row["safe"]) and row["cliff"] == 0.1
 
 
 def test_tables_of_a_part(engine, about, tmp_path):

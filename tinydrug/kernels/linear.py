@@ -277,8 +277,8 @@ def _block_linear(name, blocks):
 
     configure = amx.configure(tile_columns)
 
-    def turn(j):
-        """A step of the pipeline: product m + j begins, the one two before leaves its tile, and the one four
+    def stage(j):
+        """A stage of the pipeline: product m + j begins, the one two before leaves its tile, and the one four
         before is added to the sums of its token tile and panel, which begin with it or are taken up again,
         and are left for later or finished."""
         multiply, end = product(j), amx.end(j ^ 2)
@@ -319,7 +319,7 @@ def _block_linear(name, blocks):
 
         return step
 
-    turn_0, turn_1, turn_2, turn_3 = map(turn, range(4))
+    stage_0, stage_1, stage_2, stage_3 = map(stage, range(4))
 
     @inline
     def add_slice(op, few, tiles, first, last, p0, p1, panels, ring, partial):
@@ -334,10 +334,10 @@ def _block_linear(name, blocks):
         rest = count, ring, (first, last, tiles, k), 16 * op.x.stride, unpacked_bytes(k)
         rows, finished = (scales_step, op.y.stride, op.onto != 0), last == parts * groups_of(k)
         for m in range(0, count + 4, 4):
-            acc, begun, added = turn_0(acc, begun, added, m, *rest, rows, finished)
-            acc, begun, added = turn_1(acc, begun, added, m, *rest, rows, finished)
-            acc, begun, added = turn_2(acc, begun, added, m, *rest, rows, finished)
-            acc, begun, added = turn_3(acc, begun, added, m, *rest, rows, finished)
+            acc, begun, added = stage_0(acc, begun, added, m, *rest, rows, finished)
+            acc, begun, added = stage_1(acc, begun, added, m, *rest, rows, finished)
+            acc, begun, added = stage_2(acc, begun, added, m, *rest, rows, finished)
+            acc, begun, added = stage_3(acc, begun, added, m, *rest, rows, finished)
 
     @inline
     def linear_amx(call, op, tid, n, rows):

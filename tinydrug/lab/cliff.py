@@ -14,9 +14,9 @@ SAFE = 0.95  # of the share without noise
 
 def cliffs(table: Sequence[Mapping], families: Sequence[str]) -> list[dict]:
     """A row a family of cells. `safe`: the largest level up to which at least 95 % of the sober share of
-    samples stays coherent, NaN if not even the smallest is. `cliff`: the level at which the share falls below
-    half, between levels by the logarithm, NaN if it never does; with an interval over prompts, infinite where
-    it is beyond the largest level, or there is one prompt alone."""
+    samples stays coherent, NaN if not even the smallest is, or no sober sample is. `cliff`: the level at
+    which the share falls below half, between levels by the logarithm, NaN if it never does; with an interval
+    over prompts, infinite where it is beyond the largest level, NaN of one prompt alone."""
     sober = [cell["coherent"] for cell in table if cell["family"] == "sober"]
     whole = float(np.mean(sober)) if sober else 1.0
     rows = []
@@ -25,10 +25,13 @@ def cliffs(table: Sequence[Mapping], families: Sequence[str]) -> list[dict]:
         if len(levels) < 2 or not len(shares):
             continue
         mean = shares.mean(0)
-        safe = [level for i, level in enumerate(levels) if (mean[: i + 1] >= SAFE * whole).all()]
+        safe = [level for i, level in enumerate(levels) if whole and (mean[: i + 1] >= SAFE * whole).all()]
         drawn = np.random.default_rng(0).integers(0, len(shares), (RESAMPLES, len(shares)))
-        found = [crossing(levels, shares[some].mean(0)) for some in drawn] if len(shares) > 1 else [math.inf]
-        low, high = np.quantile(np.nan_to_num(found, nan=math.inf), [0.025, 0.975], method="nearest")
+        found = np.array([crossing(levels, shares[some].mean(0)) for some in drawn])
+        found[np.isnan(found)] = math.inf
+        low = high = math.nan
+        if len(shares) > 1:
+            low, high = np.quantile(found, [0.025, 0.975], method="nearest")
         rows.append({
             "family": family,
             "safe": safe[-1] if safe else math.nan,
