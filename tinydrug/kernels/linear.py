@@ -53,7 +53,7 @@ UNPACKED = 1 << 20  # bytes of panels that are unpacked together
 RING = 4096  # bytes of four products
 TOGETHER = 32  # tokens, and
 SLICE = 512  # columns of them at least, that stay in a core's first cache while panels come from the second
-AHEAD = 8192  # bytes of weights to ask for before they are needed: hardware alone leaves a third of DRAM idle
+AHEAD = 2624  # bytes of weights to ask for before they are needed: hardware alone leaves a third of DRAM idle
 
 
 # --- one panel of floats: tile of zeros, addresses of weights and activations, k, activation stride -> tile -
@@ -241,17 +241,37 @@ def _block_linear(name, blocks):
             return tile_scale_add_stored(acc, integers, scale(s, i), x)
 
     @inline
+    def add_group_of(acc, op, p, g, x, ahead):
+        """Group g of panel p."""
+        w, groups = op.weight, groups_of(op.weight.k)
+        data = w.data + p * (w.k // 32) * block_bytes + many * block_bytes * g
+        s = w.scales + p * groups * scale_bytes
+        if ahead:
+            for j in range(0, scale_bytes, 64):
+                prefetch(s + scale_bytes * g + AHEAD * scale_bytes // (many * block_bytes) + j)
+        return add_group(acc, data, s, g, x + group * g, x, w.k, op.x.stride, ahead)
+
+    @inline
+    def finish_panel(acc, op, p, y):
+        bias = op.weight.bias
+        finish(acc, bias + 64 * p if bias != 0 else i8(0), op.onto != 0, y + 64 * p, op.y.stride)
+
+    @inline
     def tile(zeros, op, p, x, y, ahead):
-        w = op.weight
-        groups, acc = groups_of(w.k), zeros
-        data, s = w.data + p * (w.k // 32) * block_bytes, w.scales + p * groups * scale_bytes
-        for g in range(groups):
-            at = data + many * block_bytes * g
-            if ahead:
-                for j in range(0, scale_bytes, 64):
-                    prefetch(s + scale_bytes * g + AHEAD * scale_bytes // (many * block_bytes) + j)
-            acc = add_group(acc, at, s, g, x + group * g, x, w.k, op.x.stride, ahead)
-        finish(acc, w.bias + 64 * p if w.bias != 0 else i8(0), op.onto != 0, y + 64 * p, op.y.stride)
+        acc = zeros
+        for g in range(groups_of(op.weight.k)):
+            acc = add_group_of(acc, op, p, g, x, ahead)
+        finish_panel(acc, op, p, y)
+
+    @inline
+    def two_panels(op, p, q, x, y):
+        """Of one token: while one panel waits for memory or for its own sum, the other goes on."""
+        one, other = tile1(), tile1()
+        for g in range(groups_of(op.weight.k)):
+            one = add_group_of(one, op, p, g, x, True)
+            other = add_group_of(other, op, q, g, x, True)
+        finish_panel(one, op, p, y)
+        finish_panel(other, op, q, y)
 
     @inline
     def unpack(w, p, out):
@@ -372,6 +392,11 @@ def _block_linear(name, blocks):
         me, rows = reader(call, op, tid), rows_of(call, op)
         lo, hi = share(op.weight.n // 16, tid, n)
         first = linear_amx(call, op, tid, n, rows) if amx.AVAILABLE else i8(0)
+        if rows == 1:
+            half = (hi - lo) // 2
+            for p in range(lo, lo + half):
+                two_panels(op, p, p + half, row(op.x, 0, me), op.y.data)
+            lo += 2 * half
         for p in range(lo, hi):
             t = first
             while t < rows:
