@@ -4,7 +4,7 @@ Work is cut into units of up to 64 query rows (token, head) that share a kv head
 chunks of 256 positions, each giving partial softmaxes, merged in order of position: so the chunks of one
 token can be computed by different threads, and no bit depends on who computed what. Threads claim units
 from one counter. Keys and values become floats 64 positions at a time, turned by noise on the way, once for
-all rows of a unit.
+all rows of a unit; or, for few rows without noise, as they are multiplied.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from tinydrug.kernels.softmax import (
     SCALE,
     clear,
     merge,
-    multiply,
+    multiplier,
     partial_bytes,
     softmax_output,
     weigh,
@@ -154,8 +154,21 @@ def merge_tiles(unit, totals, parts, d):
         merge(totals + at, parts + at, min(ROWS, unit.rows - r), d)
 
 
+multiply_floats = multiplier(load)
+
+
 def _attend(name, load_cell, cell):
     """The operation for one element type of the cache."""
+    multiply_cells = multiplier(load_cell) if cell < 4 else multiply_floats
+
+    @inline
+    def multiply(cells, rows, a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead):
+        """b_step and panel are those of floats; cells: whether b is the cache itself."""
+        rest = panels, onto, out, out_step, ahead
+        if cells:
+            multiply_cells(rows, a, a_step, n, b, b_step * cell // 4, panel * cell // 4, *rest)
+        else:
+            multiply_floats(rows, a, a_step, n, b, b_step, panel, *rest)
 
     @helper
     def as_floats(op, unit, turn, drawn, source, position, count):
@@ -163,46 +176,51 @@ def _attend(name, load_cell, cell):
         kernel that makes them noisy, or 0."""
         if turn != 0:
             call_turn(turn, op, drawn, source, position, count, unit.floats, unit.scratch)
-            return unit.floats
-        if cell == 4:
-            return source
-        for j in range(0, op.head_dim * ((count + 15) // 16)):
-            store(unit.floats + 64 * j, load_cell(source + 16 * cell * j))
+        else:
+            for j in range(0, op.head_dim * ((count + 15) // 16)):
+                store(unit.floats + 64 * j, load_cell(source + 16 * cell * j))
         return unit.floats
 
     @helper
     def attend_chunk(op, span, unit, first, last, parts):
         """The partial softmaxes of a unit's tiles over positions first .. last (first a multiple of 64). Of
         positions that no row of a tile sees, it reads nothing: what an earlier sequence left may be NaN."""
-        d = op.head_dim
+        d, direct = op.head_dim, cell == 4 or unit.rows <= ROWS  # several tiles share what becomes floats
+        cells = unit.turn_keys == 0 and direct
         for start in range(first, last + 1, BLOCK):
             count = min(BLOCK, last + 1 - start)
             keys = key_address(span, op, unit.g, start % span.slots)
-            keys = as_floats(op, unit, unit.turn_keys, unit.drawn_keys, keys, start, count)
+            if not cells:
+                keys = as_floats(op, unit, unit.turn_keys, unit.drawn_keys, keys, start, count)
             ahead = value_address(span, op, unit.g, start % span.slots)
             for r in range(0, unit.rows, ROWS):
                 panels = (min(count, last_seen(unit, r) + 1 - start) + 15) // 16
                 if panels > 0:
                     q, at = unit.queries + 4 * d * r, unit.scores + 4 * (CHUNK * r + start - first)
                     rows = min(ROWS, unit.rows - r)
-                    multiply(rows, q, 4 * d, d, keys, 64, 64 * d, panels, False, at, 4 * CHUNK, ahead)
+                    multiply(cells, rows, q, 4 * d, d, keys, 64, 64 * d, panels, False, at, 4 * CHUNK, ahead)
+        next_keys = unit.ahead
         for r in range(0, unit.rows, ROWS):
             part, rows = parts + partial_bytes(d) * (r // ROWS), min(ROWS, unit.rows - r)
-            groups = (min(last, last_seen(unit, r)) - first + 16) // 16
+            groups = max(0, (min(last, last_seen(unit, r)) - first + 16) // 16)
             at, positions = unit.scores + 4 * CHUNK * r, unit.positions + 4 * r
             clear(part, d)
-            weigh(at, positions, rows, first, groups, op.window, part)
+            weigh(at, positions, rows, first, groups, op.window, part, next_keys)
+            next_keys += 64 * rows * groups
+        cells = unit.turn_values == 0 and direct
         for start in range(first, last + 1, BLOCK):
             count = min(BLOCK, last + 1 - start)
             values = value_address(span, op, unit.g, start % span.slots)
-            values = as_floats(op, unit, unit.turn_values, unit.drawn_values, values, start, count)
-            ahead = unit.ahead + cell * d * (start - first)
+            if not cells:
+                values = as_floats(op, unit, unit.turn_values, unit.drawn_values, values, start, count)
+            ahead = next_keys + cell * d * (start - first)
             for r in range(0, unit.rows, ROWS):
                 n = min(count, last_seen(unit, r) + 1 - start)
                 if n > 0:
                     weights = unit.scores + 4 * (CHUNK * r + start - first)
                     y, rows = parts + partial_bytes(d) * (r // ROWS) + 128, min(ROWS, unit.rows - r)
-                    multiply(rows, weights, 4 * CHUNK, n, values, 4 * d, 64, d // 16, True, y, 4 * d, ahead)
+                    step, panels = 4 * CHUNK, d // 16
+                    multiply(cells, rows, weights, step, n, values, 4 * d, 64, panels, True, y, 4 * d, ahead)
 
     @kernel(OPERATION, f"attend_{name}")
     def attend(call, op, tid, n):

@@ -52,46 +52,50 @@ def partial_bytes(d):
 
 
 # --- matrix products ----------------------------------------------------------------------------------------
-@inline
-def _multiply_tile(zeros, a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead):
-    """Two panels at a time: they share what is read of a."""
-    for c in range(0, panels, 2):
-        left, right, s, t = b + panel * c, b + panel * (c + 1), zeros, zeros
-        if onto:
-            s, t = tile_load(zeros, out + 64 * c, out_step), tile_load(zeros, out + 64 * c + 64, out_step)
-        for i in range(n):
-            prefetch(ahead + 64 * (c // 2 * n + i))
-            s = tile_fma(s, load(left + b_step * i), a + 4 * i, a_step)
-            t = tile_fma(t, load(right + b_step * i), a + 4 * i, a_step)
-        tile_store(s, out + 64 * c, out_step)
-        tile_store(t, out + 64 * c + 64, out_step)
+def multiplier(load_cell):
+    """The product with a matrix of numbers that load_cell makes floats: address -> F."""
 
+    @inline
+    def one_tile(zeros, a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead):
+        """Two panels at a time: they share what is read of a."""
+        for c in range(0, panels, 2):
+            left, right, s, t = b + panel * c, b + panel * (c + 1), zeros, zeros
+            if onto:
+                s, t = tile_load(zeros, out + 64 * c, out_step), tile_load(zeros, out + 64 * c + 64, out_step)
+            for i in range(n):
+                prefetch(ahead + 64 * (c // 2 * n + i))
+                s = tile_fma(s, load_cell(left + b_step * i), a + 4 * i, a_step)
+                t = tile_fma(t, load_cell(right + b_step * i), a + 4 * i, a_step)
+            tile_store(s, out + 64 * c, out_step)
+            tile_store(t, out + 64 * c + 64, out_step)
 
-@inline
-def _multiply_tiles(zeros, rows, a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead):
-    for r in range(0, rows, tile_rows(zeros)):
-        x, y = a + a_step * r, out + out_step * r
-        _multiply_tile(zeros, x, a_step, n, b, b_step, panel, panels, onto, y, out_step, ahead)
+    @inline
+    def tiles(zeros, rows, a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead):
+        for r in range(0, rows, tile_rows(zeros)):
+            x, y = a + a_step * r, out + out_step * r
+            one_tile(zeros, x, a_step, n, b, b_step, panel, panels, onto, y, out_step, ahead)
 
+    @helper
+    def multiply(rows, a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead):
+        """a (rows, n) f32 times b (n, panels of 16 columns) -> out (rows, 16 panels), or added to it; each
+        element in the order of n. Computed and written are 1, 4 or 8 rows, and an even number of panels.
+        Meanwhile memory is asked for as many bytes at `ahead` as float16s of b take."""
+        if rows == 1:
+            one_tile(tile1(), a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead)
+        elif rows <= 4:
+            tiles(NARROW(), rows, a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead)
+        else:
+            tiles(WIDE(), rows, a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead)
 
-@helper
-def multiply(rows, a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead):
-    """a (rows, n) times b (n, panels of 16 columns) -> out (rows, 16 panels), or added to it; each element in
-    the order of n. Computed and written are 1, 4 or 8 rows, and an even number of panels. Meanwhile memory
-    is asked for as many bytes at `ahead` as float16s of b take."""
-    if rows == 1:
-        _multiply_tile(tile1(), a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead)
-    elif rows <= 4:
-        _multiply_tiles(NARROW(), rows, a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead)
-    else:
-        _multiply_tiles(WIDE(), rows, a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead)
+    return multiply
 
 
 # --- softmax ------------------------------------------------------------------------------------------------
 @helper
-def weigh(scores, positions, rows, first, groups, window, part):
+def weigh(scores, positions, rows, first, groups, window, part, ahead):
     """Scores (rows, 16 groups) of positions from `first` on -> weights 2^(score - highest), with the highest
-    and the sums in `part`. What a row does not see gets no weight."""
+    and the sums in `part`. What a row does not see gets no weight. Meanwhile memory is asked for as many
+    bytes at `ahead` as scores take."""
     for r in range(rows):
         own, at = load_i32(positions + 4 * r), scores + 4 * CHUNK * r
         seen = 0 if first <= own - window else min(max((own + 1 - first) // 16, 0), groups)  # in full
@@ -108,6 +112,7 @@ def weigh(scores, positions, rows, first, groups, window, part):
     for r in range(rows):  # in a loop of its own: no row waits for another's maximum
         at, highest, total = scores + 4 * CHUNK * r, load_f32(part + 4 * r), floats(f4(0.0))
         for j in range(groups):
+            prefetch(ahead + 64 * (groups * r + j))
             weight = exp2_falling(load(at + 64 * j) - highest)
             store(at + 64 * j, weight)
             total = total + weight
