@@ -28,7 +28,7 @@ from tinydrug.formats.tensor import KINDS as BLOCK
 from tinydrug.formats.tensor import Tensor
 from tinydrug.formats.weights import Need, Weights, padded
 from tinydrug.kernels import amx
-from tinydrug.kernels.linear import scratch_bytes
+from tinydrug.kernels.linear_tiles import scratch_bytes
 from tinydrug.kernels.memory import aligned
 from tinydrug.kernels.pack import FORMATS
 from tinydrug.kernels.tables import CALL, OPERAND

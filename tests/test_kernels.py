@@ -22,8 +22,7 @@ from tinydrug.engine.doses import dose_table
 from tinydrug.formats.config import Config
 from tinydrug.formats.tensor import KINDS, Tensor
 from tinydrug.formats.weights import Need, Weights, padded
-from tinydrug.kernels import activation, embed, jit, maths, norm, quantise, rope, vectors
-from tinydrug.kernels import linear as linear_module
+from tinydrug.kernels import activation, embed, jit, linear_tiles, maths, norm, quantise, rope, vectors
 from tinydrug.kernels.attention import ATTEND, CHUNK, partial_bytes
 from tinydrug.kernels.blocks import BLOCKS as BLOCK_FORMATS
 from tinydrug.kernels.isa import KNOWN
@@ -250,7 +249,7 @@ def test_more_panels_than_are_unpacked_together(kind):
     rng, k = RNG(1), columns(kind, 1050)
     weight, x = weights(rng.normal(size=(1200, k)), kind, rng.normal(size=1200)), rng.normal(size=(49, k))
     before = rng.normal(size=(49, 1200)).astype(np.float32)
-    assert linear_module.UNPACKED < k * 1200
+    assert linear_tiles.UNPACKED < k * 1200
     together = linear(weight, x, before, True)
     for t in (0, 15, 16, 31, 32, 47, 48):
         np.testing.assert_array_equal(linear(weight, x[t : t + 1], before[t : t + 1], True)[0], together[t])

@@ -19,7 +19,7 @@ from tinydrug.engine.state import RecurrentState
 from tinydrug.errors import ConfigError
 from tinydrug.formats.config import Config
 from tinydrug.formats.weights import Weights, padded
-from tinydrug.kernels import attention, linear
+from tinydrug.kernels import attention, linear_tiles
 from tinydrug.kernels.attention import CHUNK, partial_bytes, split_tiles
 from tinydrug.kernels.memory import aligned
 from tinydrug.kernels.tables import CALL, OPERAND, SPAN, TOKEN
@@ -90,7 +90,9 @@ class Runtime:
         weakref.finalize(self, self._team.dismiss)  # may run anywhere: it must not wait
         d = padded(config.head_dim)
         widest = padded(max(config.hidden_size, config.intermediate_size, config.n_heads * d))
-        room = padded(max(attention.scratch_bytes(d), linear.scratch_bytes(widest), 2048 + 4 * widest), 4096)
+        room = padded(
+            max(attention.scratch_bytes(d), linear_tiles.scratch_bytes(widest), 2048 + 4 * widest), 4096
+        )
         self._scratch = aligned((threads, room), np.uint8)
         self._call["scratch"], self._call["scratch_stride"] = (
             self._scratch.ctypes.data,

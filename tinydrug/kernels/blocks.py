@@ -61,6 +61,22 @@ class Blocks(NamedTuple):
     keys: object = no_keys  # (scales of the panel, group, block of it) -> for the planes: of each 8 columns
 
 
+def widths(group):
+    """Two functions: k columns -> how many groups of so many; group g, k columns -> how many blocks of 32 it
+    has: the last may have fewer."""
+    many = group // 32
+
+    @inline
+    def groups_of(k):
+        return (k + group - 1) // group
+
+    @inline
+    def blocks_of(g, k):
+        return 1 if many == 1 else min(many, k // 32 - many * g)
+
+    return groups_of, blocks_of
+
+
 # --- one f16 scale a block; perhaps a minimum ---------------------------------------------------------------
 @inline
 def scale_1(s, b):

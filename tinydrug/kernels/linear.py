@@ -13,8 +13,10 @@ rounded is rounded alike. Tiles reach up to 7 rows past T: buffers have room for
 import numpy as np
 
 from tinydrug.kernels import amx
-from tinydrug.kernels.blocks import BLOCKS
+from tinydrug.kernels.blocks import BLOCKS, widths
+from tinydrug.kernels.epilogue import finish
 from tinydrug.kernels.jit import inline, kernel
+from tinydrug.kernels.linear_tiles import in_tiles
 from tinydrug.kernels.quantise import half_sums_of, moments_of, scales_of, sums_of
 from tinydrug.kernels.tables import OPERATION, reader, row, rows_of, share
 from tinydrug.kernels.vectors import (
@@ -22,17 +24,12 @@ from tinydrug.kernels.vectors import (
     load_bfloats,
     load_f32,
     load_halves,
-    no_bytes,
     prefetch,
-    store_bytes,
-    subtract_bytes,
     tile1,
     tile4,
     tile8,
-    tile16,
     tile_add,
     tile_add_ints,
-    tile_add_vec,
     tile_dot4,
     tile_fma,
     tile_fma_panels_bf16,
@@ -42,18 +39,14 @@ from tinydrug.kernels.vectors import (
     tile_load,
     tile_rows,
     tile_scale_add,
-    tile_scale_add_stored,
-    tile_scale_add_stored_fma,
     tile_splat_ints,
     tile_store,
 )
 
 i4, i8 = np.int32, np.int64
-UNPACKED = 1 << 20  # bytes of panels that are unpacked together
-RING = 4096  # bytes of four products
-TOGETHER = 32  # tokens, and
-SLICE = 512  # columns of them at least, that stay in a core's first cache while panels come from the second
-AHEAD = 2624  # bytes of weights to ask for before they are needed: hardware alone leaves a third of DRAM idle
+# Bytes of weights to ask for before they are needed: hardware alone leaves a third of DRAM idle. One cache
+# line past the beginning of a block, or memory gives a tenth less.
+AHEAD = 2624
 
 
 # --- one panel of floats: tile of zeros, addresses of weights and activations, k, activation stride -> tile -
@@ -100,40 +93,15 @@ def panels_bf16(acc, w, step, x, k):
     return acc
 
 
-# --- the epilogue -------------------------------------------------------------------------------------------
-@inline
-def finish(acc, bias, onto, y, stride):
-    """Add the bias (if any), then what is there already (if asked), then store: one order for every tile."""
-    if bias != 0:
-        acc = tile_add_vec(acc, load(bias))
-    if onto:
-        acc = tile_add(tile_load(acc, y, stride), acc)
-    tile_store(acc, y, stride)
-
-
 # --- a quantised format -------------------------------------------------------------------------------------
 def _block_linear(name, blocks):
     """The kernel of a quantised format; activations come as int8."""
     low, high, scale, minimum = blocks.planes.low, blocks.planes.high, blocks.scale, blocks.minimum
     keys, group, many = blocks.keys, blocks.group, blocks.group // 32
-    second, offset, block_bytes, scale_bytes = (
-        blocks.second_scale,
-        blocks.offset,
-        blocks.planes.nbytes,
-        blocks.scale_bytes,
-    )
-    shift = max(offset, 1).bit_length() - 1
-    parts = 1 if second is None else 2  # products of a group,
-    tile_columns = min(64, group // parts)  # and columns of a tile
-
-    @inline
-    def groups_of(k):
-        return (k + group - 1) // group
-
-    @inline
-    def blocks_of(g, k):
-        """How many blocks group g has: the last may have fewer."""
-        return 1 if many == 1 else min(many, k // 32 - many * g)
+    second, offset, shift = blocks.second_scale, blocks.offset, max(blocks.offset, 1).bit_length() - 1
+    block_bytes, scale_bytes = blocks.planes.nbytes, blocks.scale_bytes
+    groups_of, blocks_of = widths(group)
+    linear_amx = in_tiles(blocks)
 
     @inline
     def start(zeros, sums, stride):
@@ -174,21 +142,6 @@ def _block_linear(name, blocks):
             dots = dots_high(dots, w, 2, key_24, columns, stride)
             return tile_scale_add(acc, dots, second(s, g), scales, stride)
 
-        def product(t):
-            begin, multiply = amx.begin(t), amx.multiply(t)
-
-            @inline
-            def half(x, panel, i, k):
-                begin()
-                multiply(x + 256 * i - 240 * (i & 1), 32, panel + 256 * i)
-
-            return half
-
-        @inline
-        def add_product(acc, integers, s, i, x_scales, moments):
-            factor = second(s, i >> 1) if i & 1 else scale(s, i >> 1)
-            return tile_scale_add_stored(acc, integers, factor, x_scales + 64 * (i >> 1))
-
     else:
 
         @inline
@@ -215,30 +168,6 @@ def _block_linear(name, blocks):
             if minimum is not None:
                 acc = tile_fma(acc, minimum(s, g), moments_of(x, k) + 4 * g, stride)
             return acc
-
-        def product(t):
-            begin, multiply = amx.begin(t), amx.multiply(t)
-
-            @inline
-            def whole(x, panel, i, k):
-                x, panel, width = x + 16 * group * i, panel + 16 * group * i, 32 * blocks_of(i, k)
-                begin()
-                if width == group:  # a loop that can be unrolled
-                    for c in range(0, group, tile_columns):
-                        multiply(x + c, group, panel + 16 * c)
-                else:
-                    for c in range(0, width, tile_columns):
-                        multiply(x + c, width, panel + 16 * c)
-
-            return whole
-
-        @inline
-        def add_product(acc, integers, s, i, x_scales, moments):
-            x = x_scales + 64 * i
-            if minimum is not None:
-                at = moments + 64 * i
-                return tile_scale_add_stored_fma(acc, integers, scale(s, i), x, minimum(s, i), at)
-            return tile_scale_add_stored(acc, integers, scale(s, i), x)
 
     @inline
     def add_group_of(acc, op, p, g, x, ahead):
@@ -272,120 +201,6 @@ def _block_linear(name, blocks):
             other = add_group_of(other, op, q, g, x, True)
         finish_panel(one, op, p, y)
         finish_panel(other, op, q, y)
-
-    @inline
-    def unpack(w, p, out):
-        """Panel p -> signed bytes [k/4][16][4]."""
-        groups, block = groups_of(w.k), w.data + p * (w.k // 32) * block_bytes
-        for g in range(groups):
-            for b in range(blocks_of(g, w.k)):
-                key, key_8, key_16, key_24 = keys(w.scales + p * groups * scale_bytes, g, b)
-                for c in range(4):
-                    quad = low(block, c, key if c < 2 else key_8)
-                    store_bytes(out + 64 * c, subtract_bytes(quad, i4(offset)))
-                    quad = high(block, c, key_16 if c < 2 else key_24)
-                    store_bytes(out + 256 + 64 * c, subtract_bytes(quad, i4(offset)))
-                block, out = block + block_bytes, out + 512
-        if w.k % tile_columns != 0:  # a tile is twice as wide as what is left: the rest is times zero
-            for j in range(0, 512, 64):
-                store_bytes(out + j, no_bytes())
-
-    @inline
-    def unpacked_bytes(k):
-        """Of a panel."""
-        return 16 * ((k + tile_columns - 1) // tile_columns * tile_columns)
-
-    configure = amx.configure(tile_columns)
-
-    def stage(j):
-        """A stage of the pipeline: product m + j begins, the one two before leaves its tile, and the one four
-        before is added to the sums of its token tile and panel, which begin with it or are taken up again,
-        and are left for later or finished."""
-        multiply, end = product(j), amx.end(j ^ 2)
-
-        @inline
-        def step(acc, begun, added, m, count, ring, lengths, x_step, panel_step, rows, finished):
-            first, last, tiles, k = lengths
-            if m + j < count:
-                i, t, x, panel = begun
-                multiply(x, panel, i, k)
-                i += 1
-                if i == last:
-                    i, t, x = first, t + 1, x + x_step
-                    if t == tiles:
-                        t, x, panel = i8(0), x - tiles * x_step, panel + panel_step
-                begun = i, t, x, panel
-            end(ring + 1024 * (j ^ 2))
-            if 4 <= m + j < count + 4:
-                i, t, x, moments, s, y, bias, partial = added
-                scales_step, y_stride, onto = rows
-                if i == first:
-                    acc = tile_load(acc, partial, 64) if first > 0 else tile16()
-                acc = add_product(acc, ring + 1024 * j, s, i, x, moments)
-                i += 1
-                if i == last:
-                    if finished:
-                        finish(acc, bias, onto, y, y_stride)
-                    else:
-                        tile_store(acc, partial, 64)
-                    i, t, x, moments = first, t + 1, x + x_step, moments + x_step
-                    y, partial = y + 16 * y_stride, partial + 1024
-                    if t == tiles:
-                        t, x, moments = i8(0), x - tiles * x_step, moments - tiles * x_step
-                        s, y = s + scales_step, y - 16 * tiles * y_stride + 64
-                        bias = bias + 64 if bias != 0 else bias
-                added = i, t, x, moments, s, y, bias, partial
-            return acc, begun, added
-
-        return step
-
-    stage_0, stage_1, stage_2, stage_3 = map(stage, range(4))
-
-    @inline
-    def add_slice(op, few, tiles, first, last, p0, p1, panels, ring, partial):
-        """Products first .. last of so many token tiles from token `few` on and panels p0 .. p1, in a
-        pipeline of four: tiles wait for their stores, and stores for what reads them."""
-        w, count, acc = op.weight, (p1 - p0) * tiles * (last - first), tile16()
-        x, k, scales_step = op.x.data + few * op.x.stride, w.k, groups_of(w.k) * scale_bytes
-        begun = first, i8(0), x, panels
-        x_scales, moments = x + 16 * scales_of(i8(0), k), x + 16 * moments_of(i8(0), k)
-        y, bias = op.y.data + few * op.y.stride + 64 * p0, w.bias + 64 * p0 if w.bias != 0 else i8(0)
-        added = first, i8(0), x_scales, moments, w.scales + p0 * scales_step, y, bias, partial
-        rest = count, ring, (first, last, tiles, k), 16 * op.x.stride, unpacked_bytes(k)
-        rows, finished = (scales_step, op.y.stride, op.onto != 0), last == parts * groups_of(k)
-        for m in range(0, count + 4, 4):
-            acc, begun, added = stage_0(acc, begun, added, m, *rest, rows, finished)
-            acc, begun, added = stage_1(acc, begun, added, m, *rest, rows, finished)
-            acc, begun, added = stage_2(acc, begun, added, m, *rest, rows, finished)
-            acc, begun, added = stage_3(acc, begun, added, m, *rest, rows, finished)
-
-    @inline
-    def linear_amx(call, op, tid, n, rows):
-        """All whole groups of 16 tokens; how many tokens that were. Some panels at a time are unpacked, to be
-        used for all tokens; some columns at a time, so that those of a few tokens stay in the first cache."""
-        w, done = op.weight, rows // 16 * 16
-        if done == 0:
-            return done
-        lo, hi = share(w.n // 16, tid, n)
-        total = parts * groups_of(w.k)
-        slices = max(1, w.k // SLICE)
-        step = (total + slices - 1) // slices
-        many = max(1, UNPACKED // unpacked_bytes(w.k))  # panels
-        ring = call.scratch + tid * call.scratch_stride
-        panels = ring + RING
-        partial = panels + many * unpacked_bytes(w.k)
-        configure(ring)
-        for p0 in range(lo, hi, many):
-            p1 = min(p0 + many, hi)
-            for p in range(p0, p1):
-                unpack(w, p, panels + unpacked_bytes(w.k) * (p - p0))
-            for few in range(0, done, TOGETHER):
-                tiles = min(TOGETHER, done - few) // 16
-                for first in range(0, total, step):
-                    last = min(first + step, total)
-                    add_slice(op, few, tiles, first, last, p0, p1, panels, ring, partial)
-        amx.release()
-        return done
 
     @kernel(OPERATION, f"linear_{name}")
     def linear(call, op, tid, n):
@@ -468,9 +283,3 @@ LINEAR = {
     "f16": _float_linear("f16", panel_f16, panels_f16, 2),
     "bf16": _float_linear("bf16", panel_bf16, panels_bf16, 2),
 } | {name: _block_linear(name, blocks) for name, blocks in BLOCKS.items()}
-
-
-def scratch_bytes(k: int) -> int:
-    """Private memory that a thread wants for linear maps over k columns: products, unpacked panels and
-    sums that are not finished."""
-    return RING + max(UNPACKED, 16 * k + 512) + 64 * TOGETHER * (1 + UNPACKED // (16 * SLICE))
