@@ -397,13 +397,17 @@ class Attention:
         self.cache = RingCache(self.config, slots, cell)
         self.doses = dose_table(SOBER, 2, cell)
         self.keys, self.values = (rng.normal(size=(written, G, d)).astype(np.float32) for _ in range(2))
-        step = self.step(np.arange(written), threads=2)
-        k, v = (Array(self.heads(x), 2) for x in (self.keys, self.values))
-        step.run(rope.write_cache, x=k, z=v, **self.fields(G))
+        self.write(np.arange(written), self.keys, self.values)
         if cell == "f16":
             self.keys, self.values = (
                 x.astype(np.float16).astype(np.float64) for x in (self.keys, self.values)
             )
+
+    def write(self, positions, *vectors):
+        """Keys and values, or one number for all of them, into the cache."""
+        shape = len(positions), self.G, self.d
+        k, v = (Array(self.heads(np.broadcast_to(x, shape)), 2) for x in (vectors * 2)[:2])
+        self.step(positions, threads=2).run(rope.write_cache, x=k, z=v, **self.fields(self.G))
 
     def heads(self, x):
         """(T, heads, d) -> (T, heads, 2, padded half)."""
@@ -458,9 +462,10 @@ class Attention:
 @pytest.mark.parametrize(
     ("H", "G", "d"), [(4, 4, 8), (6, 2, 12), (4, 1, 32), (16, 2, 64), (9, 1, 8), (17, 1, 96)]
 )
-def test_attention_of_one_token(H, G, d, window):
+@pytest.mark.parametrize("cell", ["f16", "f32"])
+def test_attention_of_one_token(cell, H, G, d, window):
     """Groups of 1 to 17 query heads; positions on both sides of every boundary there is (16, 64, 256)."""
-    attention = Attention(H, G, d, "f32")
+    attention = Attention(H, G, d, cell)
     q = RNG(1).normal(size=(len(POSITIONS), H, d)).astype(np.float32) * 2
     found = [attention.attend(q[i : i + 1], [p], window) for i, p in enumerate(POSITIONS)]
     expected = attention.expected(q, POSITIONS, window)
@@ -469,10 +474,11 @@ def test_attention_of_one_token(H, G, d, window):
 
 @pytest.mark.parametrize("window", [None, 20, 300])
 @pytest.mark.parametrize("cell", ["f16", "f32"])
-def test_attention_of_many_tokens_has_the_bits_of_one(cell, window):
-    attention = Attention(6, 2, 12, cell)
+@pytest.mark.parametrize(("H", "G", "d"), [(6, 2, 12), (4, 4, 8), (16, 2, 64)])
+def test_attention_of_many_tokens_has_the_bits_of_one(H, G, d, cell, window):
+    attention = Attention(H, G, d, cell)
     positions = np.arange(120, 700)
-    q = RNG(2).normal(size=(len(positions), 6, 12)).astype(np.float32) * 2
+    q = RNG(2).normal(size=(len(positions), H, d)).astype(np.float32) * 2
     whole = attention.attend(q, positions, window)
     np.testing.assert_allclose(whole, attention.expected(q, positions, window), rtol=0, atol=ATTENTION)
     for p in POSITIONS:
@@ -493,6 +499,20 @@ def test_attention_in_a_wrapped_ring():
     for i in (0, 19):
         one = attention.attend(q[i : i + 1], positions[i : i + 1], 100)
         np.testing.assert_array_equal(one, attention.attend(q, positions, 100)[i : i + 1])
+
+
+@pytest.mark.parametrize("cell", ["f16", "f32"])
+@pytest.mark.parametrize("tokens", [1, 10, 40])
+@pytest.mark.parametrize("window", [20, 70])
+def test_attention_uses_nothing_of_slots_it_does_not_see(window, tokens, cell):
+    """What was fed and taken back stays in the ring: before the window, or behind the last token."""
+    attention = Attention(4, 2, 16, cell, slots=128)
+    positions = np.arange(700 - tokens, 700)
+    q = RNG(3).normal(size=(tokens, 4, 16)).astype(np.float32) * 2
+    clean = attention.attend(q, positions, window)
+    np.testing.assert_allclose(clean, attention.expected(q, positions, window), rtol=0, atol=ATTENTION)
+    attention.write(np.arange(700, 700 + 128 - (window + tokens - 1)), np.nan)
+    np.testing.assert_array_equal(attention.attend(q, positions, window), clean)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

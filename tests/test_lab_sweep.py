@@ -578,7 +578,7 @@ def test_cliff():
 
 
 @pytest.mark.parametrize(
-    "prompts, worst, expected",
+    ("prompts", "worst", "expected"),
     [
         (1, 9.0, {"safe": 0.2, "cliff": 0.2 * 2**0.5, "cliff_low": np.nan, "cliff_high": np.nan}),
         (3, 1.0, {"safe": 0.8, "cliff": np.nan, "cliff_low": np.inf, "cliff_high": np.inf}),
@@ -592,13 +592,15 @@ def test_cliff_without_an_interval_or_beyond(prompts, worst, expected):
     table = cells(
         found, made(found, lambda job: "a b c d", lambda job: worst if job.condition.level >= 0.4 else 1.0)
     )
-    (name,) = {cell["prompt"] for cell in table[:1]}
+    name = table[0]["prompt"]
     table = [cell | {"prompt": f"p{i}"} for cell in table if cell["prompt"] == name for i in range(prompts)]
     (row,) = cliffs(table, ["V uniform"])
     for key, value in expected.items():
         assert row[key] == pytest.approx(value, nan_ok=True), key
     shown = summary(SimpleNamespace(conditions=[], cliffs=[row])).splitlines()[-1]
-    assert shown.endswith("(one prompt: no interval)" if prompts == 1 else "beyond 0.8 (beyond to beyond)")
+    assert shown.endswith(
+        "(one whole prompt: no interval)" if prompts == 1 else "beyond 0.8 (beyond to beyond)"
+    )
 
 
 def test_no_dose_is_safe_where_sober_text_is_broken():

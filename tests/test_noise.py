@@ -538,8 +538,9 @@ def test_norms_are_kept(name, run):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("site", SITES)
-def test_positions_below_the_sink_are_untouched(name, site, run):
-    ids, model = ids_of(name, 20), run(name)
+@pytest.mark.parametrize("cell", ["f16", "f32"])
+def test_positions_below_the_sink_are_untouched(name, site, cell, run):
+    ids, model = ids_of(name, 20), run(name, cell=cell)
     quiet, noisy = session(model), session(model, f"{site}:0.9,sink=7", 1)
     before, after = feed(quiet, ids), feed(noisy, ids, drugged="all")
     np.testing.assert_array_equal(after[:7], before[:7])

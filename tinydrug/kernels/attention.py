@@ -4,7 +4,7 @@ Work is cut into units of up to 64 query rows (token, head) that share a kv head
 chunks of 256 positions, each giving partial softmaxes, merged in order of position: so the chunks of one
 token can be computed by different threads, and no bit depends on who computed what. Threads claim units
 from one counter. Keys and values become floats 64 positions at a time, turned by noise on the way, once for
-all rows of a unit; or, for few rows without noise, as they are multiplied.
+all rows of a unit; of few rows, or an f32 cache, without noise they are multiplied as the cache has them.
 """
 
 import numpy as np
@@ -154,26 +154,25 @@ def merge_tiles(unit, totals, parts, d):
         merge(totals + at, parts + at, min(ROWS, unit.rows - r), d)
 
 
-multiply_floats = multiplier(load)
+multiply_floats = multiplier(load, 4)
 
 
 def _attend(name, load_cell, cell):
     """The operation for one element type of the cache."""
-    multiply_cells = multiplier(load_cell) if cell < 4 else multiply_floats
+    multiply_cells = multiplier(load_cell, cell) if cell < 4 else multiply_floats
 
     @inline
-    def multiply(cells, rows, a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead):
-        """b_step and panel are those of floats; cells: whether b is the cache itself."""
-        rest = panels, onto, out, out_step, ahead
+    def multiply(cells, *args):
+        """cells: whether b is the cache itself."""
         if cells:
-            multiply_cells(rows, a, a_step, n, b, b_step * cell // 4, panel * cell // 4, *rest)
+            multiply_cells(*args)
         else:
-            multiply_floats(rows, a, a_step, n, b, b_step, panel, *rest)
+            multiply_floats(*args)
 
     @helper
     def as_floats(op, unit, turn, drawn, source, position, count):
-        """Cached keys or values of `count` positions -> the address of them as floats. turn: address of the
-        kernel that makes them noisy, or 0."""
+        """Cached keys or values of `count` positions -> unit.floats. turn: address of the kernel that makes
+        them noisy, or 0."""
         if turn != 0:
             call_turn(turn, op, drawn, source, position, count, unit.floats, unit.scratch)
         else:
@@ -183,11 +182,14 @@ def _attend(name, load_cell, cell):
 
     @helper
     def attend_chunk(op, span, unit, first, last, parts):
-        """The partial softmaxes of a unit's tiles over positions first .. last (first a multiple of 64). Of
-        positions that no row of a tile sees, it reads nothing: what an earlier sequence left may be NaN."""
+        """The partial softmaxes of a unit's tiles over positions first .. last (first a multiple of 64). What
+        an earlier sequence left in slots that no row sees may be NaN: such keys get no weight, and such
+        values are not read."""
         d, direct = op.head_dim, cell == 4 or unit.rows <= ROWS  # several tiles share what becomes floats
+        lowest = max(first, unit.low - op.window + 1)  # position that a row sees
+        begin = lowest // BLOCK * BLOCK
         cells = unit.turn_keys == 0 and direct
-        for start in range(first, last + 1, BLOCK):
+        for start in range(begin, last + 1, BLOCK):
             count = min(BLOCK, last + 1 - start)
             keys = key_address(span, op, unit.g, start % span.slots)
             if not cells:
@@ -198,29 +200,30 @@ def _attend(name, load_cell, cell):
                 if panels > 0:
                     q, at = unit.queries + 4 * d * r, unit.scores + 4 * (CHUNK * r + start - first)
                     rows = min(ROWS, unit.rows - r)
-                    multiply(cells, rows, q, 4 * d, d, keys, 64, 64 * d, panels, False, at, 4 * CHUNK, ahead)
-        next_keys = unit.ahead
+                    multiply(cells, rows, q, 4 * d, d, keys, 16, 16 * d, panels, False, at, 4 * CHUNK, ahead)
+        asked, farthest = unit.ahead, unit.ahead + cell * d * (CHUNK - BLOCK)
         for r in range(0, unit.rows, ROWS):
             part, rows = parts + partial_bytes(d) * (r // ROWS), min(ROWS, unit.rows - r)
             groups = max(0, (min(last, last_seen(unit, r)) - first + 16) // 16)
             at, positions = unit.scores + 4 * CHUNK * r, unit.positions + 4 * r
             clear(part, d)
-            weigh(at, positions, rows, first, groups, op.window, part, next_keys)
-            next_keys += 64 * rows * groups
+            weigh(at, positions, rows, first, groups, op.window, part, asked)
+            asked = min(asked + 64 * rows * groups, farthest)
         cells = unit.turn_values == 0 and direct
-        for start in range(first, last + 1, BLOCK):
-            count = min(BLOCK, last + 1 - start)
+        for start in range(begin, last + 1, BLOCK):
+            count, skipped = min(BLOCK, last + 1 - start), max(0, lowest - start)
             values = value_address(span, op, unit.g, start % span.slots)
             if not cells:
                 values = as_floats(op, unit, unit.turn_values, unit.drawn_values, values, start, count)
-            ahead = next_keys + cell * d * (start - first)
+            values += (cell if cells else 4) * d * skipped
+            ahead = min(asked + cell * d * (start - begin), farthest)
             for r in range(0, unit.rows, ROWS):
-                n = min(count, last_seen(unit, r) + 1 - start)
+                n = min(count, last_seen(unit, r) + 1 - start) - skipped
                 if n > 0:
-                    weights = unit.scores + 4 * (CHUNK * r + start - first)
+                    weights = unit.scores + 4 * (CHUNK * r + start - first + skipped)
                     y, rows = parts + partial_bytes(d) * (r // ROWS) + 128, min(ROWS, unit.rows - r)
                     step, panels = 4 * CHUNK, d // 16
-                    multiply(cells, rows, weights, step, n, values, 4 * d, 64, panels, True, y, 4 * d, ahead)
+                    multiply(cells, rows, weights, step, n, values, d, 16, panels, True, y, 4 * d, ahead)
 
     @kernel(OPERATION, f"attend_{name}")
     def attend(call, op, tid, n):

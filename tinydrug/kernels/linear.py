@@ -7,7 +7,8 @@ Weights lie in panels of 16 output rows; a lane is an output row, so there is no
 
 An output element is one sum over k in one order whatever the tile that holds it, so its bits depend
 neither on how many tokens came with it nor on the threads: products of integers are exact, and what is
-rounded is rounded alike. Tiles reach up to 7 rows past T: buffers have room for them.
+rounded is rounded alike. Tiles reach up to 7 rows past T: buffers have room for them. Whole sixteens of
+tokens go to tile registers where there are any (linear_tiles.py).
 """
 
 import numpy as np
@@ -45,7 +46,7 @@ from tinydrug.kernels.vectors import (
 
 i4, i8 = np.int32, np.int64
 # Bytes of weights to ask for before they are needed: hardware alone leaves a third of DRAM idle. One cache
-# line past the beginning of a block, or memory gives a tenth less.
+# line past the beginning of a 4- or 8-bit block, or memory gives up to a tenth less.
 AHEAD = 2624
 
 
@@ -71,7 +72,7 @@ def panel_bf16(acc, w, x, k, stride):
     return acc
 
 
-# --- four panels for one token: independent sums hide the latency of the one fma chain a float panel is -----
+# --- some panels for one token: independent sums hide the latency of the one fma chain a float panel is -----
 @inline
 def panels_f32(acc, w, step, x, k):
     for i in range(k):
@@ -101,6 +102,7 @@ def _block_linear(name, blocks):
     second, offset, shift = blocks.second_scale, blocks.offset, max(blocks.offset, 1).bit_length() - 1
     block_bytes, scale_bytes = blocks.planes.nbytes, blocks.scale_bytes
     groups_of, blocks_of = widths(group)
+    groups_ahead = -(-AHEAD // (many * block_bytes))
     linear_amx = in_tiles(blocks)
 
     @inline
@@ -126,7 +128,7 @@ def _block_linear(name, blocks):
             prefetch(block + AHEAD + j)
 
     # The ways a group adds to floats: by one scale; with a minimum; by a scale for each half of a block.
-    # w and x are the group's.
+    # w and columns are the group's, s the panel's, x the row's.
     if second is not None:
 
         @inline
@@ -177,7 +179,7 @@ def _block_linear(name, blocks):
         s = w.scales + p * groups * scale_bytes
         if ahead:
             for j in range(0, scale_bytes, 64):
-                prefetch(s + scale_bytes * g + AHEAD * scale_bytes // (many * block_bytes) + j)
+                prefetch(s + scale_bytes * (g + groups_ahead) + j)
         return add_group(acc, data, s, g, x + group * g, x, w.k, op.x.stride, ahead)
 
     @inline

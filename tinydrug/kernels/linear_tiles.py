@@ -34,11 +34,9 @@ SLICE = 512  # columns of them at least, that stay in a core's first cache while
 def in_tiles(blocks):
     """The function (call, op, thread, threads, rows) of a format that does whole sixteens of rows, and says
     how many those were."""
-    low, high, keys, group, offset = (
-        blocks.planes.low, blocks.planes.high, blocks.keys, blocks.group, blocks.offset,
-    )  # fmt: skip
+    low, high, keys, group = blocks.planes.low, blocks.planes.high, blocks.keys, blocks.group
+    offset, block_bytes, scale_bytes = blocks.offset, blocks.planes.nbytes, blocks.scale_bytes
     scale, second, minimum = blocks.scale, blocks.second_scale, blocks.minimum
-    block_bytes, scale_bytes = blocks.planes.nbytes, blocks.scale_bytes
     parts = 1 if second is None else 2  # products of a group,
     tile_columns = min(64, group // parts)  # and columns of a tile
     groups_of, blocks_of = widths(group)
@@ -207,4 +205,6 @@ def in_tiles(blocks):
 def scratch_bytes(k: int) -> int:
     """Private memory that a thread wants for linear maps over k columns: products, unpacked panels and
     sums that are not finished."""
-    return RING + max(UNPACKED, 16 * k + 512) + 64 * TOGETHER * (1 + UNPACKED // (16 * SLICE))
+    return (
+        RING + max(UNPACKED, 16 * k + 512) + 64 * TOGETHER * (1 + UNPACKED // (32 * SLICE))
+    )  # from two slices on

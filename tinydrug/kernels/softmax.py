@@ -52,20 +52,20 @@ def partial_bytes(d):
 
 
 # --- matrix products ----------------------------------------------------------------------------------------
-def multiplier(load_cell):
-    """The product with a matrix of numbers that load_cell makes floats: address -> F."""
+def multiplier(load_cell, cell):
+    """The product with a matrix whose numbers take `cell` bytes each; load_cell: address of 16 -> F."""
 
     @inline
     def one_tile(zeros, a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead):
         """Two panels at a time: they share what is read of a."""
         for c in range(0, panels, 2):
-            left, right, s, t = b + panel * c, b + panel * (c + 1), zeros, zeros
+            left, right, s, t = b + cell * panel * c, b + cell * panel * (c + 1), zeros, zeros
             if onto:
                 s, t = tile_load(zeros, out + 64 * c, out_step), tile_load(zeros, out + 64 * c + 64, out_step)
             for i in range(n):
                 prefetch(ahead + 64 * (c // 2 * n + i))
-                s = tile_fma(s, load_cell(left + b_step * i), a + 4 * i, a_step)
-                t = tile_fma(t, load_cell(right + b_step * i), a + 4 * i, a_step)
+                s = tile_fma(s, load_cell(left + cell * b_step * i), a + 4 * i, a_step)
+                t = tile_fma(t, load_cell(right + cell * b_step * i), a + 4 * i, a_step)
             tile_store(s, out + 64 * c, out_step)
             tile_store(t, out + 64 * c + 64, out_step)
 
@@ -78,8 +78,9 @@ def multiplier(load_cell):
     @helper
     def multiply(rows, a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead):
         """a (rows, n) f32 times b (n, panels of 16 columns) -> out (rows, 16 panels), or added to it; each
-        element in the order of n. Computed and written are 1, 4 or 8 rows, and an even number of panels.
-        Meanwhile memory is asked for as many bytes at `ahead` as float16s of b take."""
+        element in the order of n. Steps of a and out are in bytes, those of b (from row to row and panel to
+        panel) in numbers. Computed and written are 1, 4 or 8 rows, and an even number of panels. Meanwhile
+        memory is asked for as many bytes at `ahead` as float16s of b take."""
         if rows == 1:
             one_tile(tile1(), a, a_step, n, b, b_step, panel, panels, onto, out, out_step, ahead)
         elif rows <= 4:

@@ -26,14 +26,15 @@ def cliffs(table: Sequence[Mapping], families: Sequence[str]) -> list[dict]:
             continue
         mean = shares.mean(0)
         safe = [level for i, level in enumerate(levels) if whole and (mean[: i + 1] >= SAFE * whole).all()]
-        drawn = np.random.default_rng(0).integers(0, len(shares), (RESAMPLES, len(shares)))
-        found = np.array([crossing(levels, shares[some].mean(0)) for some in drawn])
-        found[np.isnan(found)] = math.inf
         low = high = math.nan
         if len(shares) > 1:
+            drawn = np.random.default_rng(0).integers(0, len(shares), (RESAMPLES, len(shares)))
+            found = np.array([crossing(levels, shares[some].mean(0)) for some in drawn])
+            found[np.isnan(found)] = math.inf
             low, high = np.quantile(found, [0.025, 0.975], method="nearest")
         rows.append({
             "family": family,
+            "prompts": len(shares),
             "safe": safe[-1] if safe else math.nan,
             "cliff": crossing(levels, mean),
             "cliff_low": float(low),

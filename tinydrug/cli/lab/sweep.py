@@ -108,7 +108,7 @@ def summary(tables) -> str:
             cliff = f"beyond {row['largest']:g}" if math.isnan(row["cliff"]) else f"{row['cliff']:.3g}"
             low, high = (f"{row[key]:.3g}".replace("inf", "beyond") for key in ("cliff_low", "cliff_high"))
             safe = "none" if math.isnan(row["safe"]) else f"{row['safe']:g}"
-            interval = "one prompt: no interval" if math.isnan(row["cliff_low"]) else f"{low} to {high}"
+            interval = "one whole prompt: no interval" if math.isnan(row["cliff_low"]) else f"{low} to {high}"
             lines.append(f"{row['family']:<18} safe up to {safe:<6} cliff {cliff} ({interval})")
     return "\n".join(lines)
 
