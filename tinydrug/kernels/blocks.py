@@ -28,16 +28,19 @@ from tinydrug.kernels.planes import PLANES, Planes
 from tinydrug.kernels.vectors import (
     load_byte_a_lane,
     load_halves,
+    load_i32,
     load_signed_bytes,
     load_u8,
     load_u16,
     load_unsigned_bytes,
     next_pair,
+    store_i32,
     store_u8,
     store_u16,
 )
 
-f4, i8 = np.float32, np.int64
+f4, i4, i8 = np.float32, np.int32, np.int64
+SIGNS = -0x7F7F7F80  # of four bytes: q + 128, where a file has q
 
 
 @inline
@@ -54,7 +57,9 @@ class Blocks(NamedTuple):
     scale: object  # (scales of the panel, group) -> F, a lane a row
     minimum: object  # the same, or None
     second_scale: object  # the same for columns 16 .. 31, or None: they share it
-    integer: object  # (row of a file, column) -> the stored integer; None: no file has it
+    copy_integers: (
+        object  # (row of a file, block, row of the panel, block of the panel); None: no file has it
+    )
     copy_scales: object  # (row of a file, block, row of the panel, scales of the panel)
     group: int = 32  # columns that share a scale and a minimum
     spread: bool = False  # weights and activations are, before they are rounded
@@ -93,7 +98,7 @@ def minimum_2(s, b):
     return load_halves(s + 64 * b + 32)
 
 
-def _copy_halves(block_bytes, halves):
+def _halves(block_bytes, halves):
     """The first numbers of a file's block -> panel."""
 
     @inline
@@ -104,27 +109,36 @@ def _copy_halves(block_bytes, halves):
     return copy_scales
 
 
-@inline
-def integer_q8_0(row, column):
-    return load_u8(row + 34 * (column // 32) + 2 + column % 32) ^ 128  # signed to q + 128
+def _quads(block_bytes, head, quads, flipped=0):
+    """Where a file's bytes lie as the panel's do, four columns of a row together."""
 
-
-def _nibble(block_bytes, head):
     @inline
-    def integer(row, column):
-        byte = load_u8(row + block_bytes * (column // 32) + head + column % 16)
-        return (byte >> 4 * (column % 32 // 16)) & 15
+    def copy_integers(row, b, r, out):
+        for c in range(quads):
+            quad = load_i32(row + block_bytes * b + head + 4 * c)
+            store_i32(out + 64 * c + 4 * r, quad ^ i4(flipped))
 
-    return integer
+    return copy_integers
+
+
+def _each(bits, integer):
+    """integer: (row of a file, column) -> the stored integer, of so many bits."""
+    place = PLANES[bits].place
+
+    @inline
+    def copy_integers(row, b, r, out):
+        for c in range(32):
+            place(out, r, c, integer(row, 32 * b + c))
+
+    return copy_integers
 
 
 def _nibble_and_bit(block_bytes, head):
-    nibble = _nibble(block_bytes, head + 4)
-
     @inline
     def integer(row, column):
-        byte = load_u8(row + block_bytes * (column // 32) + head + column % 32 // 8)
-        return nibble(row, column) | ((byte >> column % 8) & 1) << 4
+        block = row + block_bytes * (column // 32) + head
+        nibble = (load_u8(block + 4 + column % 16) >> 4 * (column % 32 // 16)) & 15
+        return nibble | ((load_u8(block + column % 32 // 8) >> column % 8) & 1) << 4
 
     return integer
 
@@ -142,7 +156,7 @@ def minimum_k(s, b):
     return load_halves(s + 288) * load_unsigned_bytes(s + 128 + 16 * (b % 8)) * f4(-1.0)
 
 
-def _copy_scales_k(block_bytes):
+def _scales_k(block_bytes):
     @inline
     def copy_scales(row, b, r, scales):
         block, j = row + block_bytes * (b // 8), b % 8
@@ -201,7 +215,7 @@ def integer_q6_k(row, column):
 
 
 @inline
-def copy_scales_q6_k(row, b, r, scales):
+def scales_q6_k(row, b, r, scales):
     block, s = row + 210 * (b // 8), scales + 288 * (b // 8)
     for i in range(2 * (b % 8), 2 * (b % 8) + 2):
         store_u8(s + 16 * i + r, load_u8(block + 192 + i))
@@ -223,15 +237,19 @@ def keys_128(s, g, b):
 
 
 BLOCKS = {
-    "q8_0": Blocks(PLANES[8], 128, 32, scale_1, None, None, integer_q8_0, _copy_halves(34, 1)),
-    "q4_0": Blocks(PLANES[4], 8, 32, scale_1, None, None, _nibble(18, 2), _copy_halves(18, 1)),
-    "iq4_nl": Blocks(PLANES["levels"], 128, 32, scale_1, None, None, _nibble(18, 2), _copy_halves(18, 1)),
-    "q5_0": Blocks(PLANES[5], 16, 32, scale_1, None, None, _nibble_and_bit(22, 2), _copy_halves(22, 1)),
-    "q4_1": Blocks(PLANES[4], 0, 64, scale_2, minimum_2, None, _nibble(20, 4), _copy_halves(20, 2)),
-    "q5_1": Blocks(PLANES[5], 0, 64, scale_2, minimum_2, None, _nibble_and_bit(24, 4), _copy_halves(24, 2)),
-    "q4_k": Blocks(PLANES[4], 0, 40, scale_k, minimum_k, None, _nibble_k(144, 16), _copy_scales_k(144)),
-    "q5_k": Blocks(PLANES[5], 0, 40, scale_k, minimum_k, None, integer_q5_k, _copy_scales_k(176)),
-    "q6_k": Blocks(PLANES[6], 32, 36, scale_q6_k, None, second_scale_q6_k, integer_q6_k, copy_scales_q6_k),
+    "q8_0": Blocks(PLANES[8], 128, 32, scale_1, None, None, _quads(34, 2, 8, SIGNS), _halves(34, 1)),
+    "q4_0": Blocks(PLANES[4], 8, 32, scale_1, None, None, _quads(18, 2, 4), _halves(18, 1)),
+    "iq4_nl": Blocks(PLANES["levels"], 128, 32, scale_1, None, None, _quads(18, 2, 4), _halves(18, 1)),
+    "q5_0": Blocks(PLANES[5], 16, 32, scale_1, None, None, _each(5, _nibble_and_bit(22, 2)), _halves(22, 1)),
+    "q4_1": Blocks(PLANES[4], 0, 64, scale_2, minimum_2, None, _quads(20, 4, 4), _halves(20, 2)),
+    "q5_1": Blocks(
+        PLANES[5], 0, 64, scale_2, minimum_2, None, _each(5, _nibble_and_bit(24, 4)), _halves(24, 2)
+    ),
+    "q4_k": Blocks(PLANES[4], 0, 40, scale_k, minimum_k, None, _each(4, _nibble_k(144, 16)), _scales_k(144)),
+    "q5_k": Blocks(PLANES[5], 0, 40, scale_k, minimum_k, None, _each(5, integer_q5_k), _scales_k(176)),
+    "q6_k": Blocks(
+        PLANES[6], 32, 36, scale_q6_k, None, second_scale_q6_k, _each(6, integer_q6_k), scales_q6_k
+    ),
     "q8_256": Blocks(PLANES[8], 128, 32, scale_1, None, None, None, None, 256, spread=True),
     "q4_128": Blocks(PLANES["tables"], 128, 96, scale_128, None, None, None, None, 128, keys=keys_128),
 }

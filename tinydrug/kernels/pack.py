@@ -269,7 +269,7 @@ def _pack(name, read, load_many, element, write, format_):
 
 def _repack(name, blocks):
     """The kernel that keeps a file's own blocks: bits are moved, none is computed."""
-    place, integer, copy_scales = blocks.planes.place, blocks.integer, blocks.copy_scales
+    copy_integers, copy_scales = blocks.copy_integers, blocks.copy_scales
     block_bytes, scale_bytes = blocks.planes.nbytes, blocks.scale_bytes
 
     @kernel(PACK, name)
@@ -282,9 +282,7 @@ def _repack(name, blocks):
                     continue  # the panels come zeroed: scale 0
                 row = source.data + index * source.row_stride
                 for b in range(n):
-                    out = source.data_out + (p * n + b) * block_bytes
-                    for c in range(32):
-                        place(out, r, c, integer(row, 32 * b + c))
+                    copy_integers(row, b, r, source.data_out + (p * n + b) * block_bytes)
                     copy_scales(row, b, r, source.scales_out + p * n * scale_bytes)
 
     return repack
@@ -380,4 +378,6 @@ PACKERS = {  # (kind of source, format) -> kernel
     (kind, name): _pack(f"pack_{kind}_{name}", *read, write, FORMATS[name])
     for kind, read in _READ.items()
     for name, write in _WRITE.items()
-} | {(name, name): _repack(f"repack_{name}", blocks) for name, blocks in BLOCKS.items() if blocks.integer}
+} | {
+    (name, name): _repack(f"repack_{name}", blocks) for name, blocks in BLOCKS.items() if blocks.copy_integers
+}
