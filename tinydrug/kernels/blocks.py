@@ -57,9 +57,7 @@ class Blocks(NamedTuple):
     scale: object  # (scales of the panel, group) -> F, a lane a row
     minimum: object  # the same, or None
     second_scale: object  # the same for columns 16 .. 31, or None: they share it
-    copy_integers: (
-        object  # (row of a file, block, row of the panel, block of the panel); None: no file has it
-    )
+    copy_integers: object  # (row of a file, its block, row of the panel, the panel's block); None: no file
     copy_scales: object  # (row of a file, block, row of the panel, scales of the panel)
     group: int = 32  # columns that share a scale and a minimum
     spread: bool = False  # weights and activations are, before they are rounded

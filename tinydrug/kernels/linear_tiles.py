@@ -203,8 +203,7 @@ def in_tiles(blocks):
 
 
 def scratch_bytes(k: int) -> int:
-    """Private memory that a thread wants for linear maps over k columns: products, unpacked panels and
-    sums that are not finished."""
-    return (
-        RING + max(UNPACKED, 16 * k + 512) + 64 * TOGETHER * (1 + UNPACKED // (32 * SLICE))
-    )  # from two slices on
+    """Private memory that a thread wants for linear maps over k columns: products, unpacked panels and, where
+    there are two slices or more, sums that are not finished."""
+    unfinished = 64 * TOGETHER * (1 + UNPACKED // (32 * SLICE))
+    return RING + max(UNPACKED, 16 * k + 512) + unfinished
