@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from numba import types
 
+from bench import kernels as measured
+from bench.shapes import SHAPES as MODELS
 from tinydrug.engine.cache import RingCache
 from tinydrug.engine.doses import dose_table
 from tinydrug.formats.config import Config
@@ -227,6 +229,22 @@ def test_linear(kind, n, k):
         for T in TOKENS:  # whatever the tile, and whoever computes it: the same bits
             for threads in (1, 3):
                 np.testing.assert_array_equal(linear(weight, x[:T], before[:T], onto, threads), whole[:T])
+
+
+@pytest.mark.parametrize("matrix", measured.MATRICES)
+@pytest.mark.parametrize("kind", measured.KINDS)
+def test_linear_as_it_is_measured(kind, matrix):
+    """The cases of bench.kernels, in the shape of SmolLM2."""
+    n, k = MODELS["smollm2-135m"].matrices()[matrix]
+    rng, k = RNG(n + k), columns(kind, k)
+    w, x = rng.normal(size=(n, k)), rng.normal(size=(max(measured.TOKENS), k)).astype(np.float32)
+    weight, y = weights(w, kind), np.zeros((len(x), n), np.float32)
+    whole = linear(weight, x, y, False)
+    largest = np.abs(activations(x, kind)).max() * np.abs(w).max() * np.sqrt(k)
+    expected = activations(x, kind) @ values_of(kind, w).T
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=F32 * largest)
+    for T in measured.TOKENS:
+        np.testing.assert_array_equal(linear(weight, x[:T], y[:T], False), whole[:T])
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
