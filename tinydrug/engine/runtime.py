@@ -21,7 +21,7 @@ from tinydrug.formats.config import Config
 from tinydrug.formats.weights import Weights, padded
 from tinydrug.kernels import attention, linear_tiles
 from tinydrug.kernels.attention import CHUNK, partial_bytes, split_tiles
-from tinydrug.kernels.memory import aligned
+from tinydrug.kernels.memory import Loans, aligned
 from tinydrug.kernels.tables import CALL, OPERAND, SPAN, TOKEN
 from tinydrug.kernels.team import Team, post, serve
 from tinydrug.models.features import Features
@@ -98,7 +98,8 @@ class Runtime:
             self._scratch.ctypes.data,
             self._scratch.strides[0],
         )
-        self._reserve_outputs(8)
+        self._logits = Loans()
+        self._reserve_values()
         self._reserve_spans(1)
 
     @property
@@ -146,11 +147,11 @@ class Runtime:
 
     def step(self, parts: Sequence[Part]) -> np.ndarray:
         """Feed the parts, at most `chunk` tokens together -> logits (outputs, V) of the tokens asked for, in
-        order.
+        order: the caller's own.
 
         Sessions are advanced."""
         with self._lock:
-            return self._step(parts).copy()  # the next step, perhaps another thread's, overwrites them
+            return self._step(parts)
 
     def hidden(self, parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
         """As `step` -> logits (outputs, V), and of the same tokens the residual stream after every layer,
@@ -158,7 +159,7 @@ class Runtime:
         with self._lock:
             logits = self._probed._step(parts)
             n, D = len(logits), self.config.hidden_size
-            return logits.copy(), np.stack([area[:n, :D] for area in self._probed._hidden])
+            return logits, np.stack([area[:n, :D] for area in self._probed._hidden])
 
     @cached_property
     def _probed(self) -> "Runtime":
@@ -201,7 +202,7 @@ class Runtime:
 
     def _step(self, parts):
         n_outputs = sum(part.outputs for part in parts)
-        self._reserve_outputs(n_outputs)
+        logits = self._lend_logits(n_outputs)
         self._reserve_spans(len(parts))
         spans, owners, positions, ids, outputs = [], [], [], [], []  # a span a part; the others a token
         out, ahead = 0, {}  # logits asked for, and tokens this step already gives a session
@@ -246,7 +247,7 @@ class Runtime:
                 session.advance(part.ids, part.drugged)
             end = part.start + len(part.ids) if again else session.pos
             session.cache.end(end, again, end == session.pos)
-        return self._logits[:n_outputs]
+        return logits
 
     def _compile(self, progress):
         kernels = [*self._program.kernels(), serve, post]
@@ -272,37 +273,38 @@ class Runtime:
             self._part_counts.ctypes.data,
         )
 
-    def _reserve_outputs(self, count):
-        """Memory for every value of the program, with room for the logits of so many tokens."""
-        if getattr(self, "_output_room", 0) >= count:
-            return
-        self._output_room = count
+    def _lend_logits(self, count):
+        """Logits (count, V) that the next step will write: memory that no caller holds any more."""
+        rows = count + TILE if count > 1 else 1
+        memory = self._logits.take((rows, self._outputs.nbytes))
+        for operand in self._logits_at:
+            operand["data"] = memory.ctypes.data
+        return memory[:count].view(np.float32)[:, : self.config.vocab_size]
+
+    def _reserve_values(self):
+        """Memory for every value of the program but the logits."""
         program, threads = self._program, self.threads
-        place = program.place()
-        self._areas: dict[int, np.ndarray] = {}
-        on_outputs = {v.slot for step in program.steps for v in step.operands.values() if v.on_outputs}
+        place, rows = program.place(), self.chunk + TILE
+        areas = {}
         for slot, area in enumerate(place):
-            # An area may be shared by values of both kinds: room for the larger.
-            rows = (max(count, self.chunk) if slot in on_outputs else self.chunk) + TILE
-            if slot == self._outputs.slot:
-                rows = count + TILE
-            if area not in self._areas or len(self._areas[area]) < rows + threads:
-                self._areas[area] = aligned((rows + threads, program.row_bytes[slot]), np.uint8)
-        self._operands = []
+            if slot != self._outputs.slot and area not in areas:
+                areas[area] = aligned((rows + threads, program.row_bytes[slot]), np.uint8)
+        self._areas, self._operands, self._logits_at = areas, [], []
 
         def operand(value: Value) -> int:
             row = OPERAND.rows()
+            row["stride"] = value.nbytes
             if value.slot < 0:
-                row["data"], row["stride"] = program.tables[-2 - value.slot].ctypes.data, value.nbytes
+                row["data"] = program.tables[-2 - value.slot].ctypes.data
+            elif value.slot == self._outputs.slot:
+                self._logits_at.append(row)
             else:
-                area = self._areas[place[value.slot]]
-                row["data"], row["stride"] = area.ctypes.data, value.nbytes
+                area = areas[place[value.slot]]
+                row["data"] = area.ctypes.data
                 row["private"] = area[-threads:].ctypes.data if value.private else 0
             self._operands.append(row)
             return row.ctypes.data
 
         self._ops = program.table(operand, self.weights.table)
         self._call["ops"] = self._ops.ctypes.data
-        logits = self._areas[place[self._outputs.slot]][:count].view(np.float32)
-        self._logits = logits[:, : self.config.vocab_size]
-        self._hidden = [self._areas[place[v.slot]].view(np.float32) for v in program.hidden or ()]
+        self._hidden = [areas[place[v.slot]].view(np.float32) for v in program.hidden or ()]

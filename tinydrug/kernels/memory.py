@@ -2,6 +2,7 @@
 
 import math
 import mmap
+import weakref
 from collections.abc import Mapping
 
 import numpy as np
@@ -41,3 +42,24 @@ def arena(layout: Mapping[str, tuple[type, tuple[int, ...]]]) -> dict[str, np.nd
         name: memory[start : start + nbytes(*layout[name])].view(layout[name][0]).reshape(layout[name][1])
         for name, start in starts.items()
     }
+
+
+class Loans:
+    """Memory that is handed out, and handed out again when nobody holds it or a view of it: memory that is
+    new costs a page fault a page."""
+
+    KEPT = 4  # areas: what is held for longer is its holder's, and is let go with it
+
+    def __init__(self):
+        self._areas: list[tuple[np.ndarray, weakref.ref]] = []  # and what was last handed out of each
+
+    def take(self, shape) -> np.ndarray:
+        """Bytes (rows, row bytes) that begin a cache line, with anything in them."""
+        size = max(nbytes(np.uint8, shape), 1)
+        free = [area for area, lent in self._areas if lent() is None and area.nbytes >= size]
+        area = min(free, key=len, default=None)
+        area = aligned(size, np.uint8) if area is None else area
+        lent = np.frombuffer(area.data, np.uint8)  # its base is no array: views hold it, not the area
+        self._areas = [pair for pair in self._areas if pair[0] is not area][1 - self.KEPT :]
+        self._areas.append((area, weakref.ref(lent)))
+        return lent[: math.prod(shape)].reshape(shape)
