@@ -50,7 +50,6 @@ MATRICES = ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")  # the others 
 TOKENS = (1, 8, 64, 512)
 STREAMED = 1 << 29  # bytes of weights that are multiplied in turn, so that they come from memory
 FEW = 16  # tokens up to which memory can be what limits
-TILE_TOKENS = 16  # that fill a tile register
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Maps:
         place = program.place()
         areas: dict[int, np.ndarray] = {}
         for slot, size in enumerate(program.row_bytes):
-            areas.setdefault(place[slot], aligned((tokens + 8 + threads, size), np.uint8))
+            areas.setdefault(place[slot], aligned((tokens + 16 + threads, size), np.uint8))
         areas[place[x.slot]].view(np.float32)[:] = 0.5
         self._areas, self._rows = areas, []
 
@@ -142,7 +141,7 @@ def linear_points(name: str, args: argparse.Namespace) -> Iterable[Point]:
                 with Maps(kind, n, k, tokens, args.threads, copies) as maps:
                     seconds = maps.seconds(args.rounds)
                 nbytes, ops = weight + 4 * tokens * (n + k), 2 * n * k * tokens
-                tiles = amx.AVAILABLE and tokens >= TILE_TOKENS
+                tiles = amx.AVAILABLE and tokens >= amx.LEAST
                 unit = ("int8 tiles" if tiles else "int8 dots") if layout.group else "f32"
                 yield Point(f"linear {kind}", f"{name} {matrix}", tokens, seconds, nbytes, ops, unit)
 

@@ -32,7 +32,7 @@ from tinydrug.noise import SITES, SOBER
 REWIND_EVERY = (
     420  # drugged tokens after which the cache is written anew without noise, as in DRµGS; 0: never
 )
-TILE = 8  # rows a linear tile may reach past the last token
+TILE = 16  # rows a linear tile may reach past the last token
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,26 @@
 """Advanced Matrix Extensions: tile registers of 16 rows by 64 bytes, and their int8 product.
 
-t0 .. t3  integers, 16 tokens by 16 output rows
-t4        activations, 16 tokens by 64, 32 or 16 columns
+t0 .. t3  integers, 16 or 8 tokens by 16 output rows
+t4        activations, as many tokens by 64, 32 or 16 columns
 t5        weights, as many columns in quads: 16, 8 or 4 by 16 output rows by 4 columns
 """
 
 from llvmlite import ir
 
 from tinydrug.kernels.isa import ISA
+from tinydrug.kernels.jit import inline
 from tinydrug.kernels.vectors import address, i8, i64, op, void
 
 AVAILABLE = ISA == "amx"
+LEAST = 5  # rows that are worth a tile
+
+
+@inline
+def rows_in_tiles(rows):
+    """How many of so many rows, and perhaps of memory past them, are done in tiles: eight, or sixteens."""
+    if not AVAILABLE or rows < LEAST:
+        return 0
+    return 8 if rows <= 8 else (rows + 16 - LEAST) // 16 * 16
 
 
 def _call(b, name, args):
@@ -22,13 +32,13 @@ def _pointer(b, p):
     return b.inttoptr(p, i8.as_pointer())
 
 
-def configure(columns):
+def configure(tokens, columns):
     """The op (room) that gives the tile registers their shapes; 64 bytes at `room` are overwritten."""
     words = bytearray(64)
     words[0] = 1  # palette
     for tile in range(6):
         words[16 + 2 * tile] = columns if tile == 4 else 64  # bytes of a row
-        words[48 + tile] = columns // 4 if tile == 5 else 16  # rows
+        words[48 + tile] = columns // 4 if tile == 5 else tokens  # rows
 
     @op(void(address))
     def configure_tiles(b, room):
@@ -57,7 +67,7 @@ def begin(t):
 def end(t):
     @op(void(address))
     def end_tile(b, out):
-        """Integers -> out (16, 16) int32."""
+        """Integers -> out (tokens, 16) int32."""
         _call(b, "llvm.x86.tilestored64", [i8(t), _pointer(b, out), i64(64)])
 
     return end_tile

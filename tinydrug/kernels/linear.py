@@ -7,8 +7,8 @@ Weights lie in panels of 16 output rows; a lane is an output row, so there is no
 
 An output element is one sum over k in one order whatever the tile that holds it, so its bits depend
 neither on how many tokens came with it nor on the threads: products of integers are exact, and what is
-rounded is rounded alike. Tiles reach up to 7 rows past T: buffers have room for them. Whole sixteens of
-tokens go to tile registers where there are any (linear_tiles.py).
+rounded is rounded alike. Tiles reach up to 15 rows past T: buffers have room for them. Five tokens or
+more go to tile registers where there are any (linear_tiles.py).
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ from tinydrug.kernels import amx
 from tinydrug.kernels.blocks import BLOCKS, widths
 from tinydrug.kernels.epilogue import finish
 from tinydrug.kernels.jit import inline, kernel
-from tinydrug.kernels.linear_tiles import in_tiles
+from tinydrug.kernels.linear_tiles import AHEAD, in_tiles
 from tinydrug.kernels.quantise import half_sums_of, moments_of, scales_of, sums_of
 from tinydrug.kernels.tables import OPERATION, reader, row, rows_of, share
 from tinydrug.kernels.vectors import (
@@ -45,9 +45,6 @@ from tinydrug.kernels.vectors import (
 )
 
 i4, i8 = np.int32, np.int64
-# Bytes of weights to ask for before they are needed: hardware alone leaves a third of DRAM idle. Found by
-# trial: some distances a few cache lines off give a tenth less.
-AHEAD = 2624
 
 
 # --- one panel of floats: tile of zeros, addresses of weights and activations, k, activation stride -> tile -
@@ -221,7 +218,7 @@ def _block_linear(name, blocks):
                 if rows - t == 1:
                     tile(tile1(), op, p, x, y, t == first)
                     t += 1
-                elif rows - t <= 4:
+                elif amx.AVAILABLE or rows - t <= 4:  # with tiles, no more than four are left
                     tile(tile4(), op, p, x, y, t == first)
                     t += 4
                 else:

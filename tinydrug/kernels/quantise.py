@@ -9,7 +9,7 @@ undoes the offset of unsigned weights exactly, sum (q + 128) a = sum q a + 128 s
 16 of every 32 columns and the last, do so for weights with a scale for each. A moment is scale * sum: what a
 minimum is multiplied with.
 
-Where there are tile registers (amx.py), every 16 rows of a call that fill a tile lie together instead, group
+Where there are tile registers (amx.py), every 16 rows of a call that go to a tile lie together instead, group
 by group: [groups][16][int8 of a group], [groups][16] scales, and so on, in the memory of the 16 rows.
 """
 
@@ -95,7 +95,7 @@ def quantise_by(group, spread):
         groups = k // group
         left = k - group * groups  # columns of the last group, if that is narrower
         for i in range(lo, hi):
-            tiled = amx.AVAILABLE and i < rows // 16 * 16
+            tiled = i < amx.rows_in_tiles(rows)
             together = 16 if tiled else 1  # rows that lie together; r: which of them is this one
             r = i % together
             x, q = row(op.x, i, me), row(op.y, i - r, me)
