@@ -7,35 +7,21 @@ import time
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 
 from tinydrug.kernels import amx
+from tinydrug.kernels.emit import i8
 from tinydrug.kernels.jit import kernel
+from tinydrug.kernels.kinds import address, op, void
 from tinydrug.kernels.memory import aligned
-from tinydrug.kernels.vectors import (
-    address,
-    floats,
-    i8,
-    load,
-    load_bytes,
-    op,
-    store_f32,
-    sum_lanes,
-    tile8,
-    tile_as_floats,
-    tile_dot4,
-    tile_fma,
-    tile_ints,
-    tile_store,
-    void,
-)
+from tinydrug.kernels.tiles import tile8, tile_as_floats, tile_dot4, tile_fma, tile_ints, tile_store
+from tinydrug.kernels.vectors import floats, load, load_bytes, store_f32, sum_lanes
 
 NEVER_CACHED = 1 << 30  # bytes that no cache of one core's holds
 REPEATS = 10_000_000  # of what an arithmetic probe does in registers
 
 
 f4 = np.float32
-PROBE = types.void(types.int64, types.int64, types.int64)
+PROBE = void(address, address, address)
 
 
 @kernel(PROBE, cached=False)

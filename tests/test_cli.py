@@ -499,6 +499,17 @@ def test_help_version_and_usage_errors_are_quick(world):
         assert bool(done.stdout) == (status == 0)
 
 
+def test_compiled_kernels_are_run_without_numba(world, command, spoken):
+    flags = ["-m", spoken("llama-mha"), "-p", "abc", "-n", "3", "--drug", "V:0.1", "-no-cnv"]
+    said = command(*flags)[0]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *COMMAND[1:], *flags],
+        stdin=subprocess.DEVNULL, capture_output=True, env=world, timeout=DEADLINE, text=True,
+    )  # fmt: skip
+    assert (done.stdout, done.returncode) == (said, 0)
+    assert not re.search(r"\| +numba", done.stderr) and re.search(r"\| +llvmlite", done.stderr)
+
+
 def test_version(command):
     from tinydrug.cli.version import kernel_folder
     from tinydrug.kernels.isa import ISA

@@ -4,7 +4,6 @@ import ctypes
 import json
 import math
 import os
-import pickle
 import subprocess
 import sys
 import zlib
@@ -24,10 +23,11 @@ from tinydrug.engine.doses import dose_table
 from tinydrug.formats.config import Config
 from tinydrug.formats.tensor import KINDS, Tensor
 from tinydrug.formats.weights import Need, Weights, padded
-from tinydrug.kernels import activation, embed, jit, linear_tiles, maths, norm, quantise, rope, vectors
+from tinydrug.kernels import activation, embed, jit, linear_tiles, lookups, maths, norm, quantise, rope
 from tinydrug.kernels.attention import ATTEND, CHUNK, partial_bytes
 from tinydrug.kernels.blocks import BLOCKS as BLOCK_FORMATS
 from tinydrug.kernels.isa import KNOWN
+from tinydrug.kernels.kinds import int64
 from tinydrug.kernels.memory import Loans, aligned
 from tinydrug.kernels.pack import FORMATS, PACKERS, SOURCE, scratch_bytes
 from tinydrug.kernels.tables import CALL, OP, OPERAND, SPAN, TOKEN, WEIGHT
@@ -794,26 +794,27 @@ def doubled(x):
 def kept(tmp_path, monkeypatch):
     """kept() -> the same small kernel as a new process would see it, cached in a folder of its own."""
     monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path)
-    return lambda: jit.Kernel(doubled, types.int64(types.int64), "doubled")
+    return lambda: jit.Kernel(doubled, int64(int64), "doubled")
 
 
 def test_a_kernel_is_compiled_once_and_then_loaded(kept, tmp_path, monkeypatch):
     kernel = kept()
     assert not kernel.is_cached and kernel(21) == 42 and kernel.is_cached
     assert [path.name for path in tmp_path.iterdir()] == ["doubled"]
-    monkeypatch.setattr(jit._Cache, "save_overload", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(jit, "_write", lambda *_: pytest.fail("compiled again"))
     assert kept().is_cached and kept()(4) == 8
 
 
-@pytest.mark.parametrize("damage", ["", "half", "garbage", "another pickle", "a name that is not there"])
+@pytest.mark.parametrize("damage", ["", "half", "garbage", "one byte"])
 def test_a_damaged_file_is_compiled_anew(damage, kept, tmp_path):
     assert kept()(1) == 2
     file = tmp_path / "doubled"
     good = file.read_bytes()
-    contents = {"half": good[: len(good) // 2], "garbage": b"garbage", "another pickle": pickle.dumps([1])}
-    file.write_bytes(contents.get(damage, b"cos\nnothing\n." if damage else b""))
+    other = bytearray(good)
+    other[len(good) // 2] ^= 1
+    file.write_bytes({"half": good[: len(good) // 2], "one byte": other}.get(damage, damage.encode()))
     assert kept()(3) == 6
-    assert file.stat().st_size > 0.9 * len(good), "and kept again"
+    assert jit._read(file) and file.stat().st_size > 0.9 * len(good), "and kept again"
 
 
 def test_without_room_kernels_are_not_kept(kept, tmp_path, monkeypatch, caplog):
@@ -841,11 +842,11 @@ def test_the_cache_folder_is_the_users_own_or_none(tmp_path, monkeypatch, caplog
 # --- instruction sets
 
 
-@pytest.mark.parametrize("emit", [vectors.lookup_64.__defaults__[0], vectors._lookup_64_by_16])
+@pytest.mark.parametrize("emit", [lookups.lookup_64.__defaults__[0], lookups._lookup_64_by_16])
 def test_tables_of_64_bytes(emit):
     """With and without the instruction that reads one."""
     table = RNG(2).permutation(256)[:64].tolist()
-    entry = vectors.lookup_64(table, emit)
+    entry = lookups.lookup_64(table, emit)
 
     @numba.njit(types.void(types.int64, types.int64))
     def all_entries(x, y):

@@ -7,9 +7,10 @@ t5        weights, as many columns in quads: 16, 8 or 4 by 16 output rows by 4 c
 
 from llvmlite import ir
 
+from tinydrug.kernels.emit import i8, i64
 from tinydrug.kernels.isa import ISA
 from tinydrug.kernels.jit import inline
-from tinydrug.kernels.vectors import address, i8, i64, op, void
+from tinydrug.kernels.kinds import address, op, void
 
 AVAILABLE = ISA == "amx"
 LEAST = 5  # rows that are worth a tile

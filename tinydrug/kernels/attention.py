@@ -9,6 +9,7 @@ all rows of a unit; of few rows, or an f32 cache, without noise they are multipl
 
 import numpy as np
 
+from tinydrug.kernels.atomics import atomic_add, atomic_store
 from tinydrug.kernels.jit import helper, inline, kernel
 from tinydrug.kernels.noise import DRAWN, DRAWN_BYTES, call_turn, drawn_at, prepare, turn_bytes
 from tinydrug.kernels.rope import key_address, value_address
@@ -26,15 +27,7 @@ from tinydrug.kernels.softmax import (
 from tinydrug.kernels.structs import Struct
 from tinydrug.kernels.tables import OPERATION
 from tinydrug.kernels.team import claim
-from tinydrug.kernels.vectors import (
-    atomic_add,
-    atomic_store,
-    load,
-    load_halves,
-    load_i32,
-    store,
-    store_i32,
-)
+from tinydrug.kernels.vectors import load, load_halves, load_i32, store, store_i32
 
 f4, i4, i8 = np.float32, np.int32, np.int64
 BLOCK = 64  # positions whose keys or values are floats at a time; S is a multiple of it

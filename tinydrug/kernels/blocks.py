@@ -24,16 +24,15 @@ from typing import NamedTuple
 import numpy as np
 
 from tinydrug.kernels.jit import inline
+from tinydrug.kernels.lookups import load_byte_a_lane, next_pair
 from tinydrug.kernels.planes import PLANES, Planes
 from tinydrug.kernels.vectors import (
-    load_byte_a_lane,
     load_halves,
     load_i32,
     load_signed_bytes,
     load_u8,
     load_u16,
     load_unsigned_bytes,
-    next_pair,
     store_i32,
     store_u8,
     store_u16,

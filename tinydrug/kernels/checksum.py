@@ -3,9 +3,9 @@
 import hashlib
 
 import numpy as np
-from numba import types
 
 from tinydrug.kernels.jit import inline, kernel
+from tinydrug.kernels.kinds import int64, void
 from tinydrug.kernels.memory import LINE, aligned
 from tinydrug.kernels.vectors import ints, load_ints, shift_right, store_ints
 
@@ -19,7 +19,7 @@ def stir(state, words):
     return product ^ shift_right(product, i4(15))
 
 
-@kernel(types.void(types.int64, types.int64, types.int64))
+@kernel(void(int64, int64, int64))
 def checksum(data, nbytes, out):
     """Whole lines at `data` -> 4 lines at `out`. Four states at a time hide the time a product takes."""
     a, b, c, d = ints(i4(1)), ints(i4(2)), ints(i4(3)), ints(i4(4))

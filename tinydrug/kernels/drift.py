@@ -8,13 +8,14 @@ The amounts are a sequence's, from its schedule. centre, spread and std are a la
 
 import numpy as np
 
+from tinydrug.kernels.atomics import atomic_add
 from tinydrug.kernels.embed import copy_row
 from tinydrug.kernels.generator import draw_key, streams
 from tinydrug.kernels.jit import inline
 from tinydrug.kernels.laws import LAWS
 from tinydrug.kernels.noise import is_protected
 from tinydrug.kernels.tables import my_rows, operation, row
-from tinydrug.kernels.vectors import atomic_add, floats, fma, ints, load, store
+from tinydrug.kernels.vectors import floats, fma, ints, load, store
 
 f4, i4 = np.float32, np.int32
 normal = LAWS["gauss"].components

@@ -2,9 +2,10 @@
 
 import numpy as np
 
+from tinydrug.kernels.atomics import call_at
 from tinydrug.kernels.jit import inline
 from tinydrug.kernels.tables import GATHER, operation, rows_of, share_rows
-from tinydrug.kernels.vectors import call_at, load, store, store_f32
+from tinydrug.kernels.vectors import load, store, store_f32
 
 f4 = np.float32
 call_gather = call_at(GATHER)

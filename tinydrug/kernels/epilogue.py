@@ -1,7 +1,8 @@
 """How a linear map ends."""
 
 from tinydrug.kernels.jit import inline
-from tinydrug.kernels.vectors import load, tile_add, tile_add_vec, tile_load, tile_store
+from tinydrug.kernels.tiles import tile_add, tile_add_vec, tile_load, tile_store
+from tinydrug.kernels.vectors import load
 
 
 @inline

@@ -9,7 +9,7 @@ it.
 """
 
 from tinydrug.kernels.jit import inline
-from tinydrug.kernels.vectors import by_rows, tile16, tile_hadamard, tile_load, tile_store
+from tinydrug.kernels.tiles import by_rows, tile16, tile_hadamard, tile_load, tile_store
 
 WIDE = 256  # columns of a group
 

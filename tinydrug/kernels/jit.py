@@ -1,44 +1,64 @@
-"""Compiling kernels: when, with which options, and where the machine code is kept between processes.
+"""Compiling kernels: when, and where the machine code is kept between processes.
 
-Nothing compiles at import. A `Kernel` is a C function that compiles on first use and is cached in a
-private folder whose name is a hash of every kernel source, the versions and the CPU: Numba's own cache
-looks at one file only, and would run stale code after a callee changed. The cache is pickle, hence code:
-the folder belongs to the user, mode 0700, or is not used.
+Nothing compiles at import. A `Kernel` is a C function that Numba compiles on first use, to an object file in
+a private folder whose name is a hash of every kernel source, the versions and the CPU: Numba's own cache
+looks at one file only, and would run stale code after a callee changed. What is found there is loaded by LLVM
+alone, without Numba. It is code: the folder belongs to the user, mode 0700, or is not used.
 """
 
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import logging
 import os
-import pickle
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import llvmlite
 import llvmlite.binding as llvm
-import numba
 import numpy as np
-from numba import njit, types
-from numba.core import compiler
-from numba.core.ccallback import CFunc
 
-from tinydrug.kernels.isa import ISA
+from tinydrug.kernels.isa import CPU, ISA
+from tinydrug.kernels.kinds import Signature, float32, void
 
 log = logging.getLogger("tinydrug")
-
-# The one place where Numba options are spelled. No fastmath: NaN and infinity mean something, and the order
-# of a sum is a promise.
-OPTIONS = {"error_model": "numpy"}
-inline = njit(forceinline=True, **OPTIONS)  # a helper that disappears into its kernel
-helper = njit(**OPTIONS)  # a helper big enough to stay a function
+llvm.initialize_native_target()
+llvm.initialize_native_asmprinter()
 _lock = threading.RLock()
+
+
+class Helper:
+    """A function that kernels call, and Python as it stands."""
+
+    def __init__(self, function: Callable, **options):
+        self.function, self.options = function, options
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+    @functools.cached_property
+    def _jitted(self):
+        from tinydrug.kernels import compiler
+
+        return compiler.jitted(self.function, **self.options)
+
+    @property
+    def _numba_type_(self):
+        return self._jitted._numba_type_
+
+
+inline = functools.partial(Helper, forceinline=True)  # one that disappears into its kernel
+helper = Helper  # one big enough to stay a function
 
 
 def _source_hash() -> str:
     features = llvm.get_host_cpu_features().flatten()
-    parts = [numba.__version__, llvmlite.__version__, np.__version__, llvm.get_host_cpu_name(), features, ISA]
+    versions = [importlib.metadata.version("numba"), llvmlite.__version__, np.__version__]
+    parts = [*versions, CPU, features, ISA]
     for source in sorted(Path(__file__).parent.glob("*.py")):
         parts.append(source.read_text())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -67,44 +87,38 @@ def cache_folder() -> Path | None:
     return folder
 
 
-class _Cache:
-    """What Numba asks of a cache, for one kernel: one file."""
+def _read(path: Path | None) -> bytes | None:
+    """The object code in a file, which begins with its digest, or None if there is none, or a damaged one."""
+    try:
+        data = path.read_bytes() if path else b""
+    except OSError:
+        return None
+    digest, code = data[:32], data[32:]
+    return code if hashlib.sha256(code).digest() == digest else None
 
-    def __init__(self, name: str):
-        folder = cache_folder()
-        self.path = folder and folder / name
 
-    def load_overload(self, signature, target_context):
-        try:
-            with open(self.path, "rb") as file:
-                payload = pickle.load(file)
-            target_context.refresh()
-            return compiler.CompileResult._rebuild(target_context, *payload)
-        except (
-            OSError,
-            TypeError,
-            ValueError,
-            EOFError,
-            AttributeError,
-            ImportError,
-            pickle.UnpicklingError,
-        ):
-            return None  # no folder (path is None), no file, or a damaged one: compile
+def _write(path: Path, code: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(hashlib.sha256(code).digest() + code)
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk must not stop a run
+        log.warning("compiled kernel %s is not kept: %s", path, error)
+        temporary.unlink(missing_ok=True)
 
-    def save_overload(self, signature, result):
-        if self.path is None:
-            return
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(pickle.dumps(result._reduce(), protocol=pickle.HIGHEST_PROTOCOL))
-            os.replace(temporary, self.path)
-        except OSError as error:  # a full disk must not stop a run
-            log.warning("compiled kernel %s is not kept: %s", self.path, error)
-            temporary.unlink(missing_ok=True)
+
+def _load(code: bytes) -> llvm.ExecutionEngine:
+    """An engine that has object code in executable memory. Every kernel has its own: their helpers may share
+    names."""
+    machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return engine
 
 
 class Kernel:
-    """A C function, compiled (or loaded) on first use. `address` is what tables hold; calling it goes through
+    """A C function, compiled or loaded on first use. `address` is what tables hold; calling it goes through
     ctypes, which lets go of the GIL."""
 
     def __init__(self, function, signature, name, cached=True):
@@ -114,27 +128,36 @@ class Kernel:
 
     @functools.cached_property
     def address(self) -> int:
-        return self._compiled.address
+        with _lock:
+            return self._loaded.get_function_address(self.name) if self._cached else self._compiled.address
+
+    @functools.cached_property
+    def _loaded(self) -> llvm.ExecutionEngine:
+        code = _read(self._path)
+        if code is None:
+            from tinydrug.kernels import compiler
+
+            code = compiler.object_code(self._function, self._signature, self.name)
+            if self._path:
+                _write(self._path, code)
+        return _load(code)
 
     @functools.cached_property
     def _compiled(self):
-        with _lock:
-            compiled = CFunc(
-                self._function,
-                (self._signature.args, self._signature.return_type),
-                locals={},
-                options=OPTIONS | {"nopython": True},
-            )
-            if self._cached:
-                compiled._cache = _Cache(self.name)
-            compiled.compile()
-            return compiled
+        from tinydrug.kernels import compiler
+
+        return compiler.in_this_process(self._function, self._signature)
+
+    @property
+    def _path(self) -> Path | None:
+        folder = cache_folder()
+        return folder and folder / self.name
 
     @functools.cached_property
     def _call(self):
-        kinds = {types.void: None, types.float32: ctypes.c_float}
-        args = [kinds.get(t, ctypes.c_int64) for t in self._signature.args]
-        result = kinds.get(self._signature.return_type, ctypes.c_int64)
+        kinds = {void: None, float32: ctypes.c_float}
+        args = [kinds.get(kind, ctypes.c_int64) for kind in self._signature.args]
+        result = kinds.get(self._signature.result, ctypes.c_int64)
         return ctypes.CFUNCTYPE(result, *args)(self.address)
 
     def __call__(self, *args):
@@ -143,9 +166,9 @@ class Kernel:
     @property
     def is_cached(self) -> bool:
         """Whether the machine code is at hand: using the kernel costs milliseconds, not a second."""
-        return "_compiled" in self.__dict__ or bool((path := _Cache(self.name).path) and path.exists())
+        return "address" in self.__dict__ or bool(self._path and self._path.exists())
 
 
-def kernel(signature, name=None, cached=True):
+def kernel(signature: Signature, name: str | None = None, cached: bool = True) -> Callable:
     """Decorator: a function of this signature becomes a Kernel; cached=False if a user's code is in it."""
     return lambda function: Kernel(function, signature, name or function.__name__, cached)

@@ -20,12 +20,7 @@ from tinydrug.kernels.jit import inline, kernel
 from tinydrug.kernels.linear_tiles import AHEAD, in_tiles
 from tinydrug.kernels.quantise import half_sums_of, moments_of, scales_of, sums_of
 from tinydrug.kernels.tables import OPERATION, reader, row, rows_of, share
-from tinydrug.kernels.vectors import (
-    load,
-    load_bfloats,
-    load_f32,
-    load_halves,
-    prefetch,
+from tinydrug.kernels.tiles import (
     tile1,
     tile4,
     tile8,
@@ -43,6 +38,7 @@ from tinydrug.kernels.vectors import (
     tile_splat_ints,
     tile_store,
 )
+from tinydrug.kernels.vectors import load, load_bfloats, load_f32, load_halves, prefetch
 
 i4, i8 = np.int32, np.int64
 

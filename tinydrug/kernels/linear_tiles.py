@@ -13,19 +13,17 @@ from tinydrug.kernels import amx
 from tinydrug.kernels.blocks import widths
 from tinydrug.kernels.epilogue import finish
 from tinydrug.kernels.jit import inline
+from tinydrug.kernels.lookups import subtract_bytes
 from tinydrug.kernels.quantise import moments_of, scales_of
 from tinydrug.kernels.tables import share
-from tinydrug.kernels.vectors import (
+from tinydrug.kernels.tiles import (
     TILES,
-    no_bytes,
-    prefetch,
-    store_bytes,
-    subtract_bytes,
     tile_load,
     tile_scale_add_stored,
     tile_scale_add_stored_fma,
     tile_store,
 )
+from tinydrug.kernels.vectors import no_bytes, prefetch, store_bytes
 
 i4, i8 = np.int32, np.int64
 # Bytes of weights to ask for before they are needed: hardware alone leaves a third of DRAM idle. Found by
@@ -129,9 +127,9 @@ def in_tiles(blocks):
         """Of an unpacked panel."""
         return 16 * group * groups_of(k)
 
-    def pipeline(tokens, unpacks):
-        """The function that adds products, for tiles of so many tokens; unpacks: weights on the way."""
-        zeros, lead = TILES[tokens], LEAD if unpacks else 0
+    def pipeline(tokens):
+        """The function that adds products, for tiles of so many tokens."""
+        zeros = TILES[tokens]
 
         def stage(j):
             """A stage of the pipeline: weights of product m + j + LEAD are unpacked, product m + j begins,
@@ -140,11 +138,11 @@ def in_tiles(blocks):
             multiply, end = product(j), amx.end(j ^ 2)
 
             @inline
-            def step(acc, packed, begun, added, m, count, lengths, room, steps, onto):
+            def step(acc, packed, begun, added, m, to_unpack, count, lengths, room, steps, onto):
                 first, last, tiles, k = lengths  # products of a panel, tiles of tokens, columns
                 ring, unpacked, full = room
                 x_step, y_step, panel_step, block_step, scales_step = steps
-                if unpacks and m + j + LEAD < count:
+                if m + j + LEAD < to_unpack:
                     i, t, block, s, out = packed
                     if t == 0 and (parts == 1 or i & 1 == 0):
                         unpack(block + many * block_bytes * (i // parts), s, i // parts, k, out)
@@ -162,7 +160,7 @@ def in_tiles(blocks):
                         i, t, x, panel = first, t + 1, x + x_step, panel - (last - first) * unit
                         if t == tiles:
                             t, x, panel = i8(0), x - tiles * x_step, panel + panel_step
-                    begun = i, t, x, unpacked if unpacks and panel == full else panel
+                    begun = i, t, x, unpacked if panel == full else panel
                 end(ring + 1024 * (j ^ 2))
                 if 4 <= m + j < count + 4:
                     i, t, x, moments, s, y, bias, partial = added
@@ -191,7 +189,8 @@ def in_tiles(blocks):
 
         @inline
         def add(op, few, tiles, first, last, p0, p1, ring, unpacked, full, partial):
-            """Products first .. last of so many token tiles from token `few` on and panels p0 .. p1."""
+            """Products first .. last of so many token tiles from token `few` on and panels p0 .. p1; weights
+            are unpacked on the way, to a ring from `unpacked` to `full`, unless that is 0."""
             configure(ring)
             w, acc, k = op.weight, zeros(), op.weight.k
             count, width = (p1 - p0) * tiles * (last - first), groups_of(k) * parts
@@ -203,7 +202,8 @@ def in_tiles(blocks):
             added = first, i8(0), x_scales, moments, s, y, bias, partial
             lengths, room = (first, last, tiles, k), (ring, unpacked, full)
             steps = 16 * op.x.stride, 16 * op.y.stride, width * unit, block_step, scales_step
-            rest = count, lengths, room, steps, op.onto != 0
+            lead, to_unpack = (LEAD, count) if full != 0 else (0, 0)
+            rest = to_unpack, count, lengths, room, steps, op.onto != 0
             for m in range(-lead, count + 4, 4):
                 acc, packed, begun, added = stage_0(acc, packed, begun, added, m, *rest)
                 acc, packed, begun, added = stage_1(acc, packed, begun, added, m, *rest)
@@ -212,8 +212,7 @@ def in_tiles(blocks):
 
         return add
 
-    unpack_and_add_16, unpack_and_add_8 = pipeline(16, True), pipeline(8, True)
-    add_16 = pipeline(16, False)
+    add_16, add_8 = pipeline(16), pipeline(8)
 
     @inline
     def in_one_go(op, lo, hi, rows, ring, unpacked, partial):
@@ -222,12 +221,12 @@ def in_tiles(blocks):
         total, units = parts * groups_of(op.weight.k), 2 * LEAD
         if rows == 8:
             full = unpacked + units * unit
-            unpack_and_add_8(op, 0, 1, 0, total, lo, hi, ring, unpacked, full, partial)
+            add_8(op, i8(0), i8(1), i8(0), total, lo, hi, ring, unpacked, full, partial)
         else:
             if rows > 16:  # whole panels, of which one is in use
                 units = (2 + LEAD // total) * total
             full = unpacked + units * unit
-            unpack_and_add_16(op, 0, rows // 16, 0, total, lo, hi, ring, unpacked, full, partial)
+            add_16(op, i8(0), rows // 16, i8(0), total, lo, hi, ring, unpacked, full, partial)
 
     @inline
     def in_turn(op, lo, hi, rows, ring, unpacked, partial):

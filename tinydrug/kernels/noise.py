@@ -10,11 +10,12 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import types
 
+from tinydrug.kernels.atomics import atomic_add, call_at
 from tinydrug.kernels.embed import copy_row
 from tinydrug.kernels.generator import draw_key, streams, word
 from tinydrug.kernels.jit import Kernel, helper, inline, kernel
+from tinydrug.kernels.kinds import int64, void
 from tinydrug.kernels.laws import LAWS as DIRECTIONS
 from tinydrug.kernels.laws import Law as Directions
 from tinydrug.kernels.laws import half_square, normal_pair
@@ -25,9 +26,7 @@ from tinydrug.kernels.tables import DOSE, OP, my_rows, operation, row
 from tinydrug.kernels.vectors import (
     absolute,
     add_f64,
-    atomic_add,
     both,
-    call_at,
     floats,
     fma,
     ints,
@@ -74,15 +73,15 @@ DRAWN = Struct(  # a dose as it stands for one vector, or for the vectors that o
 drawn_at = DRAWN.pointer()
 DRAWN_BYTES = DRAWN.dtype.itemsize
 
-ROTATE = types.void(DRAWN, *[types.int64] * 6)  # drawn, x, components, period, valid, position, scratch
+ROTATE = void(DRAWN, *[int64] * 6)  # drawn, x, components, period, valid, position, scratch
 TURNED = 64  # cached vectors that are turned in one call, at most
 ROW = 4 * TURNED  # bytes of one number each. In scratch there are, of each vector:
 WORDS, SUMS, ARRAY = 0, 4 * ROW, 9 * ROW  # four words; x.x, r.x, r.r, a and b; its components as floats
 A, B = SUMS + 3 * ROW, SUMS + 4 * ROW
 # op, drawn, keys or values, position of the first (a multiple of 16), count, out, scratch
-TURN = types.void(OP, DRAWN, *[types.int64] * 5)
-SHOW = types.void(DRAWN, *[types.int64] * 3)  # drawn, position, components, out
-PREPARE = types.void(DRAWN, DOSE, *[types.int64] * 6)  # drawn, dose, seed, site, head, step, age, cached
+TURN = void(OP, DRAWN, *[int64] * 5)
+SHOW = void(DRAWN, *[int64] * 3)  # drawn, position, components, out
+PREPARE = void(DRAWN, DOSE, *[int64] * 6)  # drawn, dose, seed, site, head, step, age, cached
 call_rotate, call_turn = call_at(ROTATE), call_at(TURN)
 
 

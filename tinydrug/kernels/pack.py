@@ -8,18 +8,18 @@ at no extra pass.
 from typing import NamedTuple
 
 import numpy as np
-from numba import types
 
 from tinydrug.kernels.blocks import BLOCKS
 from tinydrug.kernels.hadamard import spread
 from tinydrug.kernels.jit import Kernel, inline, kernel
+from tinydrug.kernels.kinds import int64, void
 from tinydrug.kernels.linear import LINEAR
+from tinydrug.kernels.lookups import between
 from tinydrug.kernels.planes import LEVELS, SHRINKS
 from tinydrug.kernels.structs import Struct
 from tinydrug.kernels.tables import GATHER
 from tinydrug.kernels.vectors import (
     absolute,
-    between,
     floats,
     fma,
     get_byte,
@@ -70,7 +70,7 @@ SOURCE = Struct(
     data_out="i8",
     scales_out="i8",
 )
-PACK = types.void(SOURCE, *[types.int64] * 3)  # source, first panel, last panel, scratch
+PACK = void(SOURCE, *[int64] * 3)  # source, first panel, last panel, scratch
 
 
 def scratch_bytes(k: int) -> int:

@@ -16,19 +16,17 @@ from typing import NamedTuple
 import numpy as np
 
 from tinydrug.kernels.jit import inline
-from tinydrug.kernels.vectors import (
+from tinydrug.kernels.lookups import (
     bits_to,
     either,
     high_nibbles,
     high_nibbles_under,
-    load_bytes,
-    load_u8,
     lookup,
     lookup_64,
     low_nibbles,
     low_nibbles_under,
-    store_u8,
 )
+from tinydrug.kernels.vectors import load_bytes, load_u8, store_u8
 
 i4, i8 = np.int32, np.int64
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of ggml's iq4_nl

@@ -19,12 +19,9 @@ from tinydrug.kernels import amx
 from tinydrug.kernels.blocks import BLOCKS
 from tinydrug.kernels.jit import inline, kernel
 from tinydrug.kernels.tables import OPERATION, my_rows, row, rows_of
-from tinydrug.kernels.vectors import (
+from tinydrug.kernels.tiles import (
     TILES,
     by_rows,
-    get_int,
-    store_f32,
-    store_i32,
     tile_hadamard,
     tile_highest_magnitude,
     tile_load,
@@ -33,6 +30,7 @@ from tinydrug.kernels.vectors import (
     tile_store_low_bytes,
     tile_sum_alternate,
 )
+from tinydrug.kernels.vectors import get_int, store_f32, store_i32
 
 f4 = np.float32
 LEAST = f4(4e-37)  # 127 times one over less would overflow

@@ -2,14 +2,7 @@
 
 from tinydrug.kernels.jit import inline
 from tinydrug.kernels.tables import operation, share
-from tinydrug.kernels.vectors import (
-    load,
-    load_f32,
-    store,
-    store_f16,
-    store_f32,
-    store_halves,
-)
+from tinydrug.kernels.vectors import load, load_f32, store, store_f16, store_f32, store_halves
 
 
 @inline

@@ -11,6 +11,7 @@ import numpy as np
 from tinydrug.kernels.isa import ISA
 from tinydrug.kernels.jit import helper, inline
 from tinydrug.kernels.maths import exp2_falling
+from tinydrug.kernels.tiles import tile1, tile2, tile4, tile8, tile_fma, tile_load, tile_rows, tile_store
 from tinydrug.kernels.vectors import (
     both,
     floats,
@@ -27,14 +28,6 @@ from tinydrug.kernels.vectors import (
     store,
     store_f32,
     sum_lanes,
-    tile1,
-    tile2,
-    tile4,
-    tile8,
-    tile_fma,
-    tile_load,
-    tile_rows,
-    tile_store,
 )
 
 f4, i4 = np.float32, np.int32

@@ -23,6 +23,7 @@ from tinydrug.kernels.jit import inline, kernel
 from tinydrug.kernels.maths import exp
 from tinydrug.kernels.norm import sum_squares
 from tinydrug.kernels.tables import OPERATION, operation, share
+from tinydrug.kernels.tiles import tile1, tile2, tile4, tile8, tile_add, tile_fma, tile_store
 from tinydrug.kernels.vectors import (
     as_floats,
     as_ints,
@@ -40,13 +41,6 @@ from tinydrug.kernels.vectors import (
     store,
     store_halves,
     sum_lanes,
-    tile1,
-    tile2,
-    tile4,
-    tile8,
-    tile_add,
-    tile_fma,
-    tile_store,
 )
 
 f4, i4 = np.float32, np.int32

@@ -6,9 +6,8 @@ cache slots. Every width is padded to a multiple of 32 with zeros when weights a
 a tail.
 """
 
-from numba import types
-
 from tinydrug.kernels.jit import inline, kernel
+from tinydrug.kernels.kinds import int64, void
 from tinydrug.kernels.structs import Struct
 
 PAD = 32  # columns of a quantisation block, and what every width is padded to
@@ -113,9 +112,9 @@ CALL = Struct(
     profile="i8",
 )
 
-OPERATION = types.void(CALL, OP, types.int64, types.int64)  # kernel(call, op, thread, threads)
+OPERATION = void(CALL, OP, int64, int64)  # kernel(call, op, thread, threads)
 operation = kernel(OPERATION)
-GATHER = types.void(WEIGHT, types.int64, types.int64)  # gather(weight, row, out address)
+GATHER = void(WEIGHT, int64, int64)  # gather(weight, row, out address)
 
 
 @inline

@@ -10,12 +10,8 @@ import os
 import threading
 
 import numpy as np
-from numba import types
 
-from tinydrug.kernels.jit import helper, inline, kernel
-from tinydrug.kernels.memory import aligned
-from tinydrug.kernels.tables import CALL, OPERATION, rows_of
-from tinydrug.kernels.vectors import (
+from tinydrug.kernels.atomics import (
     atomic_add,
     atomic_load,
     atomic_store,
@@ -25,6 +21,10 @@ from tinydrug.kernels.vectors import (
     pause,
     yield_core,
 )
+from tinydrug.kernels.jit import helper, inline, kernel
+from tinydrug.kernels.kinds import int64
+from tinydrug.kernels.memory import aligned
+from tinydrug.kernels.tables import CALL, OPERATION, rows_of
 
 # Byte offsets in the team's memory, each on a cache line of its own.
 JOB, ARRIVED, GENERATION, CLAIMED, DONE, PARKED = 0, 64, 128, 192, 256, 320
@@ -74,7 +74,7 @@ def forward(call, tid, n):
     barrier(call.sync, n)
 
 
-@kernel(types.int64(CALL, types.int64, types.int64))
+@kernel(int64(CALL, int64, int64))
 def serve(call, tid, job):
     """Thread 0: one step. A helper: steps as jobs appear, until none came for a while (it returns the last
     job it saw) or the team stops (-1)."""
@@ -102,7 +102,7 @@ def serve(call, tid, job):
             return job
 
 
-@kernel(types.int64(types.int64, types.int64, types.int64))
+@kernel(int64(int64, int64, int64))
 def post(sync, n, helpers):
     """Announce a job for n threads; bit i of the result: helper i is needed, sleeps and must be woken."""
     atomic_store(sync + JOB, (atomic_load(sync + JOB) | 255) + 1 + n)

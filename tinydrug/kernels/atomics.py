@@ -1,0 +1,57 @@
+"""Instructions by which threads meet, functions are called by address, and time is told."""
+
+from llvmlite import ir
+
+from tinydrug.kernels import emit
+from tinydrug.kernels.emit import i32, i64
+from tinydrug.kernels.isa import ISA
+from tinydrug.kernels.kinds import Op, Signature, address, op, void
+
+
+def call_at(sig: Signature) -> Op:
+    """The instruction (address, *args of sig): call the C function of this signature that lies at an
+    address."""
+    kind = ir.FunctionType(sig.result.llvm, [arg.llvm for arg in sig.args])
+
+    @op(sig.result(address, *sig.args))
+    def call(b, target, *args):
+        return b.call(b.inttoptr(target, kind.as_pointer()), args)
+
+    return call
+
+
+@op(address(address, address))
+def atomic_add(b, p, x):
+    return b.atomic_rmw("add", b.inttoptr(p, i64.as_pointer()), x, "seq_cst")
+
+
+@op(address(address, address))
+def atomic_swap(b, p, x):
+    return b.atomic_rmw("xchg", b.inttoptr(p, i64.as_pointer()), x, "seq_cst")
+
+
+@op(address(address))
+def atomic_load(b, p):
+    return b.load_atomic(b.inttoptr(p, i64.as_pointer()), "seq_cst", 8)
+
+
+@op(void(address, address))
+def atomic_store(b, p, x):
+    b.store_atomic(x, b.inttoptr(p, i64.as_pointer()), "seq_cst", 8)
+
+
+@op(void())
+def pause(b):
+    """Tell the core that this is a waiting loop (nothing on machines without such an instruction)."""
+    if ISA != "portable":
+        emit.call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
+
+
+@op(void())
+def yield_core(b):
+    emit.call(b, "sched_yield", i32, [])
+
+
+@op(address())
+def cycles(b):
+    return emit.call(b, "llvm.readcyclecounter", i64, [])
