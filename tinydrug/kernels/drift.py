@@ -18,7 +18,7 @@ from tinydrug.kernels.tables import my_rows, operation, row
 from tinydrug.kernels.vectors import floats, fma, ints, load, store
 
 f4, i4 = np.float32, np.int32
-normal = LAWS["gauss"].components
+normal = LAWS["gauss"].law.components
 SITE = 1 << 16  # in the key of a draw: apart from every site's
 
 

@@ -14,7 +14,7 @@ and, with the same draws, for 16 cached vectors at once, whose words lie at `fir
 In two steps, with memory (64 d bytes at `at`) between them: the chain from words to components is long, and a
 core works on several of them at a time only if each step is short.
 
-A new law is a `Law` and a line in LAWS; `of_pairs` makes one from what it does with a word.
+A new law is a function of a word, of which `of_pairs` makes a `Law`, and a line in LAWS.
 """
 
 from typing import NamedTuple
@@ -225,8 +225,20 @@ def of_function(component) -> Law:
     return Law(components, draw_keys, keys, draw_values, values)
 
 
+class Entry(NamedTuple):
+    """A line of the registry. In the text of a dose a law is ~NAME, the first one nothing."""
+
+    code: int  # in a schedule's table; never given to another law: records refer to it
+    what: str
+    law: Law
+
+
 LAWS = {
-    "uniform": of_pairs(uniform_pair),
-    "gauss": of_pairs(normal_pair, half_square),
-    "sign": Law(sign_components, draw_signs, sign_keys, draw_signs, sign_values),
+    "uniform": Entry(0, "components U[0, 1), one-sided, as published", of_pairs(uniform_pair)),
+    "gauss": Entry(1, "components N(0, 1), isotropic", of_pairs(normal_pair, half_square)),
+    "sign": Entry(
+        2,
+        "components -1 or 1, isotropic to second order, the cheapest",
+        Law(sign_components, draw_signs, sign_keys, draw_signs, sign_values),
+    ),
 }

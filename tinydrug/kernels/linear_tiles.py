@@ -127,9 +127,9 @@ def in_tiles(blocks):
         """Of an unpacked panel."""
         return 16 * group * groups_of(k)
 
-    def pipeline(tokens):
-        """The function that adds products, for tiles of so many tokens."""
-        zeros = TILES[tokens]
+    def pipeline(tokens, unpacks):
+        """The function that adds products, for tiles of so many tokens; unpacks: weights on the way."""
+        zeros, lead = TILES[tokens], LEAD if unpacks else 0
 
         def stage(j):
             """A stage of the pipeline: weights of product m + j + LEAD are unpacked, product m + j begins,
@@ -138,11 +138,11 @@ def in_tiles(blocks):
             multiply, end = product(j), amx.end(j ^ 2)
 
             @inline
-            def step(acc, packed, begun, added, m, to_unpack, count, lengths, room, steps, onto):
+            def step(acc, packed, begun, added, m, count, lengths, room, steps, onto):
                 first, last, tiles, k = lengths  # products of a panel, tiles of tokens, columns
                 ring, unpacked, full = room
                 x_step, y_step, panel_step, block_step, scales_step = steps
-                if m + j + LEAD < to_unpack:
+                if unpacks and m + j + LEAD < count:
                     i, t, block, s, out = packed
                     if t == 0 and (parts == 1 or i & 1 == 0):
                         unpack(block + many * block_bytes * (i // parts), s, i // parts, k, out)
@@ -160,7 +160,7 @@ def in_tiles(blocks):
                         i, t, x, panel = first, t + 1, x + x_step, panel - (last - first) * unit
                         if t == tiles:
                             t, x, panel = i8(0), x - tiles * x_step, panel + panel_step
-                    begun = i, t, x, unpacked if panel == full else panel
+                    begun = i, t, x, unpacked if unpacks and panel == full else panel
                 end(ring + 1024 * (j ^ 2))
                 if 4 <= m + j < count + 4:
                     i, t, x, moments, s, y, bias, partial = added
@@ -189,8 +189,7 @@ def in_tiles(blocks):
 
         @inline
         def add(op, few, tiles, first, last, p0, p1, ring, unpacked, full, partial):
-            """Products first .. last of so many token tiles from token `few` on and panels p0 .. p1; weights
-            are unpacked on the way, to a ring from `unpacked` to `full`, unless that is 0."""
+            """Products first .. last of so many token tiles from token `few` on and panels p0 .. p1."""
             configure(ring)
             w, acc, k = op.weight, zeros(), op.weight.k
             count, width = (p1 - p0) * tiles * (last - first), groups_of(k) * parts
@@ -202,8 +201,7 @@ def in_tiles(blocks):
             added = first, i8(0), x_scales, moments, s, y, bias, partial
             lengths, room = (first, last, tiles, k), (ring, unpacked, full)
             steps = 16 * op.x.stride, 16 * op.y.stride, width * unit, block_step, scales_step
-            lead, to_unpack = (LEAD, count) if full != 0 else (0, 0)
-            rest = to_unpack, count, lengths, room, steps, op.onto != 0
+            rest = count, lengths, room, steps, op.onto != 0
             for m in range(-lead, count + 4, 4):
                 acc, packed, begun, added = stage_0(acc, packed, begun, added, m, *rest)
                 acc, packed, begun, added = stage_1(acc, packed, begun, added, m, *rest)
@@ -212,7 +210,8 @@ def in_tiles(blocks):
 
         return add
 
-    add_16, add_8 = pipeline(16), pipeline(8)
+    unpack_and_add_16, unpack_and_add_8 = pipeline(16, True), pipeline(8, True)
+    add_16 = pipeline(16, False)
 
     @inline
     def in_one_go(op, lo, hi, rows, ring, unpacked, partial):
@@ -221,12 +220,12 @@ def in_tiles(blocks):
         total, units = parts * groups_of(op.weight.k), 2 * LEAD
         if rows == 8:
             full = unpacked + units * unit
-            add_8(op, i8(0), i8(1), i8(0), total, lo, hi, ring, unpacked, full, partial)
+            unpack_and_add_8(op, 0, 1, 0, total, lo, hi, ring, unpacked, full, partial)
         else:
             if rows > 16:  # whole panels, of which one is in use
                 units = (2 + LEAD // total) * total
             full = unpacked + units * unit
-            add_16(op, i8(0), rows // 16, i8(0), total, lo, hi, ring, unpacked, full, partial)
+            unpack_and_add_16(op, 0, rows // 16, 0, total, lo, hi, ring, unpacked, full, partial)
 
     @inline
     def in_turn(op, lo, hi, rows, ring, unpacked, partial):

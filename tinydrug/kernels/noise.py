@@ -472,4 +472,7 @@ def noise_heads(call, op, tid, n):
         rotate_heads(call, op, token, x, g * group, (g + 1) * group, True, tid)
 
 
-LAWS = {name: (make_law(name, law), make_law(name, law, wandering=True)) for name, law in DIRECTIONS.items()}
+LAWS = {
+    name: (make_law(name, entry.law), make_law(name, entry.law, wandering=True))
+    for name, entry in DIRECTIONS.items()
+}

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from tinydrug.kernels.laws import LAWS as KERNELS
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -13,9 +15,7 @@ class Choice:
 
 
 LAWS = {  # mark after the dose, ~LAW
-    "uniform": Choice(0, "", "components U[0, 1), one-sided, as published"),
-    "gauss": Choice(1, "~gauss", "components N(0, 1), isotropic"),
-    "sign": Choice(2, "~sign", "components -1 or 1, isotropic to second order, the cheapest"),
+    name: Choice(entry.code, f"~{name}" if entry.code else "", entry.what) for name, entry in KERNELS.items()
 }
 
 FORMS = {  # mark before the site
