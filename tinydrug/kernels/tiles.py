@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 
 from tinydrug.kernels import emit
 from tinydrug.kernels.emit import i8, i16, i32, i64
@@ -202,6 +203,8 @@ def tile_sum_alternate(b, t):
 
 
 def _dot4_vnni(b, acc, w, x):
+    if llvm_version_info[0] < 22:  # which wanted bytes as words
+        w, x = b.bitcast(w, I.llvm), b.bitcast(x, I.llvm)
     return emit.call(b, "llvm.x86.avx512.vpdpbusd.512", acc.type, [acc, w, x])
 
 
