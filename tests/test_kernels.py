@@ -817,6 +817,17 @@ def test_a_damaged_file_is_compiled_anew(damage, kept, tmp_path):
     assert jit._read(file) and file.stat().st_size > 0.9 * len(good), "and kept again"
 
 
+def loud(x):
+    print(x)
+    return x
+
+
+def test_a_kernel_that_needs_the_interpreter_is_refused():
+    """What Numba brings along is not there when machine code is loaded without it."""
+    with pytest.raises(AssertionError, match="loud needs the interpreter: it calls .*Py"):
+        jit.Kernel(loud, int64(int64), "loud").address  # noqa: B018
+
+
 def test_without_room_kernels_are_not_kept(kept, tmp_path, monkeypatch, caplog):
     def full(*_):
         raise OSError(28, "No space left on device")

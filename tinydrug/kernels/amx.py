@@ -7,6 +7,7 @@ t5        weights, as many columns in quads: 16, 8 or 4 by 16 output rows by 4 c
 
 from llvmlite import ir
 
+from tinydrug.kernels import emit
 from tinydrug.kernels.emit import i8, i64
 from tinydrug.kernels.isa import ISA
 from tinydrug.kernels.jit import inline
@@ -25,8 +26,7 @@ def rows_in_tiles(rows):
 
 
 def _call(b, name, args):
-    kind = ir.FunctionType(ir.VoidType(), [a.type for a in args])
-    b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), args)
+    emit.call(b, name, ir.VoidType(), args)
 
 
 def _pointer(b, p):

@@ -10,8 +10,8 @@ import operator
 
 from llvmlite import ir
 from numba import njit, types
-from numba.core import compiler
 from numba.core.ccallback import CFunc
+from numba.core.compiler import Flags, compile_extra
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.imputils import lower_builtin, lower_getattr_generic, lower_setattr_generic
 from numba.core.registry import cpu_target
@@ -25,7 +25,7 @@ from tinydrug.kernels.structs import Struct
 # The one place where Numba options are spelled. No fastmath: NaN and infinity mean something, and the order
 # of a sum is a promise.
 OPTIONS = {"error_model": "numpy"}
-INTERPRETER = ("Py", "numba_", "NRT_")  # how names of functions begin that raise or allocate
+INTERPRETER = ("Py", "numba_", "NRT_")  # how names of functions begin that are not there without Numba
 
 
 # --- kinds --------------------------------------------------------------------------------------------------
@@ -49,6 +49,7 @@ class _Model(models.PrimitiveModel):
 
 
 def type_of(kind: Kind) -> types.Type:
+    """Numba's type of a kind."""
     if isinstance(kind, Struct):
         return Pointer(kind)
     return getattr(types, kind.name, None) or Register(kind)
@@ -66,6 +67,8 @@ def jitted(function, **options):
 
 
 def type_of_op(op: Op) -> types.Type:
+    """Numba's type of an instruction, as that of a function."""
+
     def typer(typing_context, *args):
         sig = op.signature(*(getattr(arg, "kind", arg) for arg in args))
 
@@ -171,15 +174,15 @@ def _getitem(context, builder, sig, args):
 
 # --- kernels ------------------------------------------------------------------------------------------------
 def object_code(function, sig: Signature, name: str) -> bytes:
-    """An object file with the C function of this name."""
-    flags = compiler.Flags()
+    """An object file with the C function of this name. AssertionError for one that needs the interpreter."""
+    flags = Flags()
     flags.error_model = OPTIONS["error_model"]
     flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     whole, context, collecting = _signature(sig), cpu_target.target_context, gc.isenabled()
     gc.disable()  # a tenth of the time is spent looking for garbage, and there is next to none
     try:
         with global_compiler_lock:
-            result = compiler.compile_extra(
+            result = compile_extra(
                 cpu_target.typing_context, context, function, whole.args, whole.return_type, flags, locals={}
             )
             result.library.add_ir_module(_c_function(context, result.fndesc, sig, name))

@@ -22,7 +22,7 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from tinydrug.kernels.isa import CPU, ISA
-from tinydrug.kernels.kinds import Signature, float32, void
+from tinydrug.kernels.kinds import Signature, f32, void
 
 log = logging.getLogger("tinydrug")
 llvm.initialize_native_target()
@@ -155,7 +155,7 @@ class Kernel:
 
     @functools.cached_property
     def _call(self):
-        kinds = {void: None, float32: ctypes.c_float}
+        kinds = {void: None, f32: ctypes.c_float}
         args = [kinds.get(kind, ctypes.c_int64) for kind in self._signature.args]
         result = kinds.get(self._signature.result, ctypes.c_int64)
         return ctypes.CFUNCTYPE(result, *args)(self.address)

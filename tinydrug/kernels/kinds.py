@@ -32,6 +32,7 @@ class Kind:
         self.name, self.llvm = name, llvm
 
     def __call__(self, *args: "Kind") -> "Signature":
+        """The signature of a function with this result."""
         return Signature(self, args)
 
     @functools.cached_property
@@ -45,7 +46,7 @@ class Vec(Kind):
     """n lanes of one element type."""
 
     def __init__(self, elt: str, n: int):
-        self.elt, self.n = elt, n
+        self.n = n
         super().__init__(f"Vec({elt} x {n})", ir.VectorType(ELEMENTS[elt], n))
 
 
@@ -63,9 +64,9 @@ class Signature(NamedTuple):
 
 
 void = Kind("void", ir.VoidType())
-int64, int32 = Kind("int64", ELEMENTS["i64"]), Kind("int32", ELEMENTS["i32"])
-float64, float32 = Kind("float64", ELEMENTS["f64"]), Kind("float32", ELEMENTS["f32"])
-address, s32, f32 = int64, int32, float32  # as instructions name them
+int64, s32 = Kind("int64", ELEMENTS["i64"]), Kind("int32", ELEMENTS["i32"])  # named as Numba does
+f64, f32 = Kind("float64", ELEMENTS["f64"]), Kind("float32", ELEMENTS["f32"])
+address = int64  # of a byte in memory
 F, I, M = Vec("f32", LANES), Vec("i32", LANES), Vec("i1", LANES)  # noqa: E741 - floats, ints, mask
 B = Vec("i8", 4 * LANES)  # bytes: four a lane
 

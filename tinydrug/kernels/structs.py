@@ -9,9 +9,9 @@ A field may be another Struct: then it holds the address of its first row and re
 
 import numpy as np
 
-from tinydrug.kernels.kinds import Kind, Op, address, float32, float64, int64, op
+from tinydrug.kernels.kinds import Kind, Op, address, f32, f64, int64, op
 
-_SCALARS = {"i8": int64, "f4": float32, "f8": float64}
+_SCALARS = {"i8": int64, "f4": f32, "f8": f64}
 
 
 class Struct(Kind):

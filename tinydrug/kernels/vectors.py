@@ -8,7 +8,7 @@ from llvmlite import ir
 
 from tinydrug.kernels import emit
 from tinydrug.kernels.emit import i8, i16, i32, i64
-from tinydrug.kernels.kinds import ELEMENTS, LANES, B, F, I, M, address, f32, float64, op, s32, void
+from tinydrug.kernels.kinds import ELEMENTS, LANES, B, F, I, M, address, f32, f64, op, s32, void
 
 
 # --- scalars at addresses -----------------------------------------------------------------------------------
@@ -43,10 +43,10 @@ def store_bf16(b, p, x):
     emit.store(b, p, b.trunc(b.lshr(b.bitcast(x, i32), i32(16)), i16), 2)
 
 
-@op(void(address, float64))
+@op(void(address, f64))
 def add_f64(b, p, x):
     """Add to the double at p (not atomic)."""
-    b.store(b.fadd(emit.load(b, p, ir.DoubleType(), 8), x), b.inttoptr(p, ir.DoubleType().as_pointer()))
+    emit.store(b, p, b.fadd(emit.load(b, p, x.type, 8), x), 8)
 
 
 @op(s32(address))
@@ -150,10 +150,8 @@ def load_signed_bytes(b, p):
 @op(void(address))
 def prefetch(b, p):
     """Ask for the cache line at p, for the second level of cache: it need not exist."""
-    pointer = i8.as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
-    fn = b.module.globals.get("llvm.prefetch.p0") or ir.Function(b.module, kind, "llvm.prefetch.p0")
-    b.call(fn, [b.inttoptr(p, pointer), i32(0), i32(2), i32(1)])
+    args = [b.inttoptr(p, i8.as_pointer()), i32(0), i32(2), i32(1)]
+    emit.call(b, "llvm.prefetch.p0", ir.VoidType(), args)
 
 
 # --- vectors: making and converting -------------------------------------------------------------------------
