@@ -32,6 +32,11 @@ class Ours:
         """Bytes of weights that decoding a token reads."""
         return self.engine.runtime.bytes_per_token
 
+    @property
+    def weights(self) -> np.ndarray:
+        """The piece of memory that all weights lie in."""
+        return next(iter(self.engine.runtime.weights.areas.values())).base
+
     def prefill(self, n: int) -> float:
         """Of a prompt of n, of which the last token's logits are asked for."""
         return 1e9 * n / sample(self._dosed(0, None), Test(n, 0), 0, self.ids)

@@ -1,7 +1,7 @@
 """Packed weights: a model's panels as they lie in memory, in one safetensors file that the next start maps.
 
     weights/NAME-q4/
-      packed.safetensors     every area of the weight table, on cache lines, and "checkpoint", see below
+      packed.safetensors     every area of the weight table, the first on a page, and "checkpoint", see below
       tokenizer.json, ...    the files of the tokenizer, unless a GGUF file brought it
       SOURCE                 where they are from, for people
 
@@ -33,7 +33,7 @@ from tinydrug.errors import BadModelFile, ConfigError
 from tinydrug.formats import safetensors
 from tinydrug.formats.tensor import KINDS, Tensor, byte_size, check_name
 from tinydrug.kernels.checksum import digest
-from tinydrug.kernels.memory import LINE, arena
+from tinydrug.kernels.memory import LINE, PAGE, arena
 from tinydrug.kernels.pack import FORMATS
 from tinydrug.kernels.tables import PAD, PANEL
 
@@ -288,7 +288,7 @@ def _unwritten(folder: Path, error: OSError) -> ConfigError:
 
 
 def _header(checkpoint: "Checkpoint", weights: "Weights") -> bytes:
-    """The file up to the first area: length, JSON and the "checkpoint", in whole lines."""
+    """The file up to the first area: length, JSON and the "checkpoint", in whole pages."""
     about = {
         "config": checkpoint.config,
         "generation_config": checkpoint.generation_config,
@@ -296,7 +296,7 @@ def _header(checkpoint: "Checkpoint", weights: "Weights") -> bytes:
         "tensors": {name: [tensor.kind, tensor.shape] for name, tensor in checkpoint.tensors.items()},
         "formats": weights.formats,
     }
-    content = _whole_lines(json.dumps(about).encode())
+    content = _whole_pages(json.dumps(about).encode())
     texts = {
         "format": FORMAT,
         "layout": LAYOUT,
@@ -311,12 +311,12 @@ def _header(checkpoint: "Checkpoint", weights: "Weights") -> bytes:
         start, end = end, end + area.nbytes
         dtype = _kind(area.dtype.type).upper()
         header[name] = {"dtype": dtype, "shape": area.shape, "data_offsets": [start, end]}
-    text = _whole_lines(bytes(8) + json.dumps(header).encode())[8:]
+    text = _whole_pages(bytes(8) + json.dumps(header).encode())[8:]
     return len(text).to_bytes(8, "little") + text + content
 
 
-def _whole_lines(text: bytes) -> bytes:
-    return text + b" " * (-len(text) % LINE)
+def _whole_pages(text: bytes) -> bytes:
+    return text + b" " * (-len(text) % PAGE)
 
 
 def _write(file: Path, header: bytes, weights: "Weights", progress) -> None:
