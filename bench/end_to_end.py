@@ -5,10 +5,10 @@
 q4 and q8 are our own forms, held against llama.cpp's Q4_0 and Q8_0 of about as many bytes; q4_0 and q8_0 are
 one file for both.
 
-In decode every token reads all weights once: the bound is reading them, and nothing more, in the same minute. In prefill 512
-tokens are read at once: arithmetic is. Figures are medians over rounds in which all take turns. llama.cpp
-computes the logits of the last position, OpenVINO those of all, and is held against ours of all. The 7B shape
-is measured with a prompt of 128 and 16 tokens.
+In decode every token reads all weights once: the bound is reading them, and nothing more, in the same minute.
+In prefill 512 tokens are read at once: arithmetic is. Figures are medians over rounds in which all take
+turns. llama.cpp computes the logits of the last position, OpenVINO those of all, and is held against ours of
+all. The 7B shape is measured with a prompt of 128 and 16 tokens.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def _measure_model(spec: str, args, limits: Limits, scratch) -> Iterable[Row]:
     for peer, (_, speed) in speeds.items():
         yield row(f"decode {n}", median["decode"], peer, speed, goal.decode if "llama" in peer else None)
     bound = 1e9 * median["read"] / bytes_per_token
-    yield row(f"decode {n}", median["decode"], f"reading weights at {median['read']:.1f} GB/s", bound, goal.read)
+    yield row(f"decode {n}", median["decode"], f"reading at {median['read']:.1f} GB/s", bound, goal.read)
     for peer, (speed, _) in speeds.items():
         if "llama" in peer:
             yield row(f"prefill {p}", median["prefill"], peer, speed, PREFILL)

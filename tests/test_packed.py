@@ -26,7 +26,7 @@ from tinydrug.formats.checkpoint import Checkpoint, open_checkpoint
 from tinydrug.formats.tensor import KINDS, Tensor, byte_size
 from tinydrug.formats.weights import Need, Weights
 from tinydrug.kernels import checksum
-from tinydrug.kernels.memory import LINE, aligned, arena
+from tinydrug.kernels.memory import LINE, PAGE, aligned, arena
 from tinydrug.kernels.pack import FORMATS
 from tinydrug.loading import quantize
 from tinydrug.models.features import Features
@@ -338,7 +338,7 @@ def rewritten(file: Path, change) -> None:
     about = json.loads(areas.pop("checkpoint")[2])
     change(texts, about, areas)
     content = json.dumps(about).encode()
-    content += b" " * (-len(content) % LINE)
+    content += b" " * (-len(content) % PAGE)
     areas = {"checkpoint": ["U8", [len(content)], content], **areas}
     texts["digests"] = json.dumps({name: stirred(data) for name, (_, _, data) in areas.items()})
     signed = [texts.get(name) for name in ("format", "layout", "quant", "source", "digests")]
@@ -348,7 +348,7 @@ def rewritten(file: Path, change) -> None:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(data)]}
         end += len(data)
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % LINE)
+    text += b" " * (-(8 + len(text)) % PAGE)
     file.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in areas.values()))
 
 
