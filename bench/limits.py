@@ -8,7 +8,7 @@ import time
 import numpy as np
 from llvmlite import ir
 
-from tinydrug.kernels import amx
+from tinydrug.kernels import amx, emit
 from tinydrug.kernels.emit import i8
 from tinydrug.kernels.jit import kernel
 from tinydrug.kernels.kinds import address, op, void
@@ -55,15 +55,10 @@ def dot_products(rounds, data, out):
 
 
 def _instruction(name: str, *tiles: int):
-    """An intrinsic: an instruction on these tile registers, or on memory where there are none."""
-
-    def call(b, args):
-        kind = ir.FunctionType(ir.VoidType(), [a.type for a in args])
-        b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), args)
-
+    """An instruction on these tile registers, or on memory where there are none."""
     if tiles:
-        return op(void())(lambda b: call(b, [i8(tile) for tile in tiles]))
-    return op(void(address))(lambda b, p: call(b, [b.inttoptr(p, i8.as_pointer())]))
+        return op(void())(lambda b: emit.call(b, name, ir.VoidType(), [i8(tile) for tile in tiles]))
+    return op(void(address))(lambda b, p: emit.call(b, name, ir.VoidType(), [b.inttoptr(p, i8.as_pointer())]))
 
 
 configure = _instruction("llvm.x86.ldtilecfg")
