@@ -6,11 +6,12 @@ that lost it, and two threads can be slower than one. The number changes no bit,
 
 import math
 
-TRIAL = 6  # steps that judge the other number
+TRIAL = 6  # steps that judge the other number,
+BETTER = 0.8  # of what they would have taken before, at most: so few can be lucky
 SLOWER = 1.6  # times the best known: what counts as a disturbance
 CLIPPED = 4.0  # times the best known: what one step can count at most, since a hiccup is no disturbance
 WEIGHT = 0.1  # of the last step in the running mean
-RETRY, LONGEST = 24, 192  # steps between trials: twice as many after each that changed nothing
+RETRY, LONGEST = 24, 192  # steps of disturbance to a trial: twice as many after each that changed nothing
 FORGET = 1.002  # growth of the best known time a step: contexts grow, and so do honest times
 
 
@@ -23,7 +24,7 @@ class Pace:
         self._mean = math.inf  # seconds of recent steps,
         self._clipped = math.inf  # and with none that counts for more than CLIPPED
         self._trial: list[float] | None = None  # of the other number, while it is being tried
-        self._steps = 0  # since the last trial
+        self._steps = 0  # since the last trial, or since the machine was quiet
         self._patience = RETRY
 
     def choose(self) -> int:
@@ -38,7 +39,7 @@ class Pace:
         """The step that `choose` was asked for took so long."""
         if self._trial is not None:
             self._trial.append(seconds)
-            if len(self._trial) == TRIAL or sum(self._trial) > TRIAL * self._mean:
+            if len(self._trial) == TRIAL or sum(self._trial) > BETTER * TRIAL * self._mean:
                 self._judge()
             return
         self._steps += 1
@@ -46,18 +47,22 @@ class Pace:
         if self.using == self.threads:
             self._best = min(self._best * FORGET, seconds)
             most = CLIPPED * self._best
-            self._clipped = _towards(min(self._clipped, most), min(seconds, most))
+            self._clipped = min(most, _towards(self._clipped, min(seconds, most)))
+            if not self._is_disturbed():
+                self._steps = 0
 
     @property
     def _other(self) -> int:
         return 1 if self.using == self.threads else self.threads
 
+    def _is_disturbed(self) -> bool:
+        return self.using == 1 or self._clipped > SLOWER * self._best
+
     def _is_due(self) -> bool:
-        disturbed = self.using == 1 or self._clipped > SLOWER * self._best
-        return disturbed and self._steps >= self._patience
+        return self._is_disturbed() and self._steps >= self._patience
 
     def _judge(self) -> None:
-        if sum(self._trial) > TRIAL * self._mean:
+        if sum(self._trial) > BETTER * TRIAL * self._mean:
             self._patience = min(2 * self._patience, LONGEST)
         else:
             self._mean, self._patience = sum(self._trial) / TRIAL, RETRY

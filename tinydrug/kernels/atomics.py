@@ -1,5 +1,8 @@
 """Instructions by which threads meet, functions are called by address, and time is told."""
 
+import platform
+import sys
+
 from llvmlite import ir
 
 from tinydrug.kernels import emit
@@ -47,9 +50,30 @@ def pause(b):
         emit.call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
 
 
-@op(void())
-def yield_core(b):
-    emit.call(b, "sched_yield", i32, [])
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None
+_WAIT, _WAKE = 128, 129  # FUTEX_WAIT and FUTEX_WAKE among the threads of a process
+
+
+def _futex(b, p, action, number):
+    """futex(2): a system call of the C library's `syscall`."""
+    emit.call(b, "syscall", i64, [i64(_FUTEX), p, i64(action), b.zext(number, i64), i64(0)])
+
+
+@op(void(address, address))
+def sleep_while(b, p, x):
+    """Give the core away while the lower half of the word at p is that of x, until somebody wakes those who
+    sleep there; it may also return for no reason. Not Linux: for a turn of whoever wants the core."""
+    if _FUTEX:
+        _futex(b, p, _WAIT, b.trunc(x, i32))
+    else:
+        emit.call(b, "sched_yield", i32, [])
+
+
+@op(void(address))
+def wake(b, p):
+    """Wake all threads that sleep at p."""
+    if _FUTEX:
+        _futex(b, p, _WAKE, i32(2**31 - 1))
 
 
 @op(address())

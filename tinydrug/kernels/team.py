@@ -2,8 +2,9 @@
 
 Every thread runs `serve`. Thread 0 is the caller; the others are helpers that spin for a while after a
 step, then sleep on a lock in Python. The low byte of a job number is its number of threads, which may
-change from step to step: no bit of a result does. A barrier costs 0.1 to 1 microseconds; spinning before
-yielding matters, since on Linux a yield can cost a whole time slice.
+change from step to step: no bit of a result does. A barrier costs 0.1 to 1 microseconds. Who waits there for
+long sleeps until woken: beside other programs a thread has a share of a core, which spinning would use up,
+and yielding forfeits. So it is left for when all can go on, and threads come to have their turns together.
 """
 
 import os
@@ -19,7 +20,8 @@ from tinydrug.kernels.atomics import (
     call_at,
     cycles,
     pause,
-    yield_core,
+    sleep_while,
+    wake,
 )
 from tinydrug.kernels.jit import helper, inline, kernel
 from tinydrug.kernels.kinds import int64
@@ -27,8 +29,8 @@ from tinydrug.kernels.memory import aligned
 from tinydrug.kernels.tables import CALL, OPERATION, rows_of
 
 # Byte offsets in the team's memory, each on a cache line of its own.
-JOB, ARRIVED, GENERATION, CLAIMED, DONE, PARKED = 0, 64, 128, 192, 256, 320
-SPIN = 3000  # pauses before yielding at a barrier: about 80 microseconds
+JOB, ARRIVED, GENERATION, SLEEPERS, CLAIMED, DONE, PARKED = 0, 64, 128, 192, 256, 320, 384
+SPIN = 3000  # pauses before sleeping at a barrier: about 80 microseconds
 LINGER = 100_000  # pauses a helper waits for the next step before it sleeps: about 3 milliseconds
 STOP = 255
 call_operation = call_at(OPERATION)
@@ -45,13 +47,17 @@ def barrier(sync, n):
         atomic_store(sync + ARRIVED, 0)
         atomic_store(sync + CLAIMED, 0)
         atomic_add(sync + GENERATION, 1)
+        if atomic_load(sync + SLEEPERS) > 0:
+            wake(sync + GENERATION)
         return
-    waited = 0
-    while atomic_load(sync + GENERATION) == generation:
+    for _ in range(SPIN):
+        if atomic_load(sync + GENERATION) != generation:
+            return
         pause()
-        waited += 1
-        if waited > SPIN:
-            yield_core()
+    atomic_add(sync + SLEEPERS, 1)
+    while atomic_load(sync + GENERATION) == generation:
+        sleep_while(sync + GENERATION, generation)
+    atomic_add(sync + SLEEPERS, -1)
 
 
 @inline
