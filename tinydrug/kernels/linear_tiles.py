@@ -16,13 +16,7 @@ from tinydrug.kernels.jit import inline
 from tinydrug.kernels.lookups import subtract_bytes
 from tinydrug.kernels.quantise import moments_of, scales_of
 from tinydrug.kernels.tables import share
-from tinydrug.kernels.tiles import (
-    TILES,
-    tile_load,
-    tile_scale_add_stored,
-    tile_scale_add_stored_fma,
-    tile_store,
-)
+from tinydrug.kernels.tiles import SCALE_ADD_STORED, TILES, tile_load, tile_store
 from tinydrug.kernels.vectors import no_bytes, prefetch, store_bytes
 
 i4, i8 = np.int32, np.int64
@@ -51,7 +45,7 @@ def in_tiles(blocks):
     at_once = TOGETHER if many > 1 else 4 * TOGETHER
     groups_ahead = -(-AHEAD // (many * block_bytes))
 
-    # A product begins; and its integers are added to floats.
+    # A product begins.
     if second is not None:
 
         def product(t):
@@ -63,11 +57,6 @@ def in_tiles(blocks):
                 multiply(x + 256 * i - 240 * (i & 1), 32, panel)
 
             return half
-
-        @inline
-        def add_product(acc, integers, s, i, x_scales, moments):
-            factor = second(s, i >> 1) if i & 1 else scale(s, i >> 1)
-            return tile_scale_add_stored(acc, integers, factor, x_scales + 64 * (i >> 1))
 
     else:
 
@@ -87,13 +76,20 @@ def in_tiles(blocks):
 
             return whole
 
+    def addition(by_sums):
+        """Its integers are added to floats."""
+        add_scaled, add_scaled_fma = SCALE_ADD_STORED[by_sums]
+
         @inline
         def add_product(acc, integers, s, i, x_scales, moments):
-            x = x_scales + 64 * i
+            x = x_scales + 64 * (i // parts)
+            if parts == 2:
+                return add_scaled(acc, integers, second(s, i >> 1) if i & 1 else scale(s, i >> 1), x)
             if minimum is not None:
-                at = moments + 64 * i
-                return tile_scale_add_stored_fma(acc, integers, scale(s, i), x, minimum(s, i), at)
-            return tile_scale_add_stored(acc, integers, scale(s, i), x)
+                return add_scaled_fma(acc, integers, scale(s, i), x, minimum(s, i), moments + 64 * i)
+            return add_scaled(acc, integers, scale(s, i), x)
+
+        return add_product
 
     @inline
     def unpack(block, s, g, k, out):
@@ -130,6 +126,7 @@ def in_tiles(blocks):
     def pipeline(tokens, unpacks):
         """The function that adds products, for tiles of so many tokens; unpacks: weights on the way."""
         zeros, lead = TILES[tokens], LEAD if unpacks else 0
+        add_product = addition(by_sums=many == 1 and not unpacks)  # found by trial; no bit depends on it
 
         def stage(j):
             """A stage of the pipeline: weights of product m + j + LEAD are unpacked, product m + j begins,

@@ -167,15 +167,17 @@ def tile_highest_magnitude(b, t):
     return b.bitcast(emit.reduce(b, top, lambda p, q: emit.higher(b, p, q)), ELEMENTS["f32"])
 
 
+WHOLE = 3 << 22  # floats from here to 4/3 of it lie 1 apart, and so do their bits
+WHOLE_BITS = struct.unpack("i", struct.pack("f", WHOLE))[0]
+
+
 @op(lambda t, *a: Tile(I, t.r)(t, f32))
 def tile_round(b, t, x):
     """t * x, less than 2^22, as the nearest integers, ties to even."""
-    whole = 3 << 22  # floats from here to 4/3 of it lie 1 apart, and so do their bits
-    bits = struct.unpack("i", struct.pack("f", whole))[0]
 
     def row(r, v):
-        nearest = b.fadd(b.fmul(v, emit.splat(b, x)), emit.constant(F, float(whole)))
-        return b.sub(b.bitcast(nearest, I.llvm), emit.constant(I, bits))
+        nearest = b.fadd(b.fmul(v, emit.splat(b, x)), emit.constant(F, float(WHOLE)))
+        return b.sub(b.bitcast(nearest, I.llvm), emit.constant(I, WHOLE_BITS))
 
     return _rowwise(b, t, row)
 
@@ -254,39 +256,48 @@ def tile_dot4(b, t, w, p, step):
 
 @op(lambda t, a, *rest: t(t, a, F, address, address))
 def tile_scale_add(b, t, a, s, p, step):
-    """t[r] += float(a[r]) * (s * the float at p + r * step)."""
+    """t[r] += (float(a[r]) * s) * the float at p + r * step."""
 
     def row(r, acc):
-        x = _number(b, p, step, r)
-        ints_as_floats = b.sitofp(b.extract_value(a, r), F.llvm)
-        return _fma(b, ints_as_floats, b.fmul(s, x), acc)
+        scaled = b.fmul(b.sitofp(b.extract_value(a, r), F.llvm), s)
+        return _fma(b, scaled, _number(b, p, step, r), acc)
 
     return _rowwise(b, t, row)
 
 
-def _scale_add_stored(b, t, a, s, p, finish):
-    def row(r, acc):
-        x = _number(b, p, i64(4), r)
-        ints_as_floats = b.sitofp(emit.load(b, emit.row_address(b, a, i64(64), r), I.llvm, 4), F.llvm)
-        acc = finish(r, _fma(b, ints_as_floats, b.fmul(s, x), acc))
-        # A row is done before the next is begun, or the compiler loads all first and runs out of registers.
-        return b.asm(ir.FunctionType(acc.type, [acc.type]), "", "=v,0,~{memory}", [acc], True)
+def _scale_add_stored(by_sums):
+    """The same for integers stored at a + 64 r and floats at p + 4 r; and one (t, a, s, p, v, q) that does
+    t[r] += v * the float at q + 4 r after it.
 
-    return _rowwise(b, t, row)
+    by_sums: while tiles are in use, a core has one port for products and conversions of floats, but two for
+    sums of integers. Such a sum makes a number n below 2^22 the float WHOLE + n, and an fma makes that n * s,
+    rounded once, since WHOLE * s is exact: a scale has few bits."""
+
+    def every_row(b, t, a, s, p, finish):
+        without = b.fmul(s, emit.constant(F, float(-WHOLE)))
+
+        def row(r, acc):
+            integers = emit.load(b, emit.row_address(b, a, i64(64), r), I.llvm, 4)
+            if by_sums:
+                above = b.bitcast(b.add(integers, emit.constant(I, WHOLE_BITS)), F.llvm)
+                scaled = _fma(b, above, s, without)
+            else:
+                scaled = b.fmul(b.sitofp(integers, F.llvm), s)
+            acc = finish(r, _fma(b, scaled, _number(b, p, i64(4), r), acc))
+            # A row is done before the next begins, or the compiler loads all first and runs out of registers.
+            return b.asm(ir.FunctionType(acc.type, [acc.type]), "", "=v,0,~{memory}", [acc], True)
+
+        return _rowwise(b, t, row)
+
+    @op(lambda t, *a: t(t, address, F, address))
+    def tile_scale_add_stored(b, t, a, s, p):
+        return every_row(b, t, a, s, p, lambda r, acc: acc)
+
+    @op(lambda t, *a: t(t, address, F, address, F, address))
+    def tile_scale_add_stored_fma(b, t, a, s, p, v, q):
+        return every_row(b, t, a, s, p, lambda r, acc: _fma(b, v, _number(b, q, i64(4), r), acc))
+
+    return tile_scale_add_stored, tile_scale_add_stored_fma
 
 
-@op(lambda t, *a: t(t, address, F, address))
-def tile_scale_add_stored(b, t, a, s, p):
-    """The same for integers stored at a + 64 r, and floats at p + 4 r."""
-    return _scale_add_stored(b, t, a, s, p, lambda r, acc: acc)
-
-
-@op(lambda t, *a: t(t, address, F, address, F, address))
-def tile_scale_add_stored_fma(b, t, a, s, p, v, q):
-    """The same, then t[r] += v * the float at q + 4 r."""
-
-    def finish(r, acc):
-        x = _number(b, q, i64(4), r)
-        return _fma(b, v, x, acc)
-
-    return _scale_add_stored(b, t, a, s, p, finish)
+SCALE_ADD_STORED = {by_sums: _scale_add_stored(by_sums) for by_sums in (False, True)}
