@@ -915,20 +915,21 @@ def test_every_instruction_set_gives_the_same_bits(tiny_model):
 
 def test_a_loan_is_used_again_only_when_nobody_holds_it_or_a_view_of_it():
     loans = Loans()
-    first = loans.take((3, 64))
-    at, view = first.ctypes.data, first[1:].view(np.float32)[:, :3]
+    first, at = loans.take((3, 64))
+    view = first[1:].view(np.float32)[:, :3]
+    assert at == first.ctypes.data and at % 64 == 0
     del first
-    assert at % 64 == 0 and loans.take((3, 64)).ctypes.data != at, "a view holds it"
+    assert loans.take((3, 64))[1] != at, "a view holds it"
     del view
-    assert at in {loans.take((2, 64)).ctypes.data, loans.take((3, 64)).ctypes.data}
-    held = [loans.take((1, 100)) for _ in range(10)]
+    assert at in {loans.take((2, 64))[1], loans.take((3, 64))[1]}
+    held = [loans.take((1, 100))[0] for _ in range(10)]
     assert len({array.ctypes.data for array in held}) == 10
 
 
 def test_large_loans_do_not_overlap():
     loans = Loans()
-    big = loans.take((2, 1 << 22))  # from pages of its own
+    big, _ = loans.take((2, 1 << 22))  # from pages of its own
     big[:] = 7
-    other = loans.take((2, 1 << 22))
+    other, _ = loans.take((2, 1 << 22))
     other[:] = 9
     assert (big == 7).all()

@@ -98,7 +98,7 @@ class Runtime:
             self._scratch.ctypes.data,
             self._scratch.strides[0],
         )
-        self._logits = Loans()
+        self._logits, self._logits_address = Loans(), 0
         self._reserve_values()
         self._reserve_spans(1)
 
@@ -276,9 +276,11 @@ class Runtime:
     def _lend_logits(self, count):
         """Logits (count, V) that the next step will write: memory that no caller holds any more."""
         rows = count + TILE if count > 1 else 1
-        memory = self._logits.take((rows, self._outputs.nbytes))
-        for operand in self._logits_at:
-            operand["data"] = memory.ctypes.data
+        memory, address = self._logits.take((rows, self._outputs.nbytes))
+        if address != self._logits_address:
+            self._logits_address = address
+            for operand in self._logits_at:
+                operand["data"] = address
         return memory[:count].view(np.float32)[:, : self.config.vocab_size]
 
     def _reserve_values(self):

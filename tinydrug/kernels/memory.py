@@ -52,15 +52,19 @@ class Loans:
     KEPT = 4  # areas: what is held for longer is its holder's, and is let go with it
 
     def __init__(self):
-        self._areas: list[tuple[np.ndarray, weakref.ref]] = []  # and what was last handed out of each
+        self._areas: list[tuple[np.ndarray, int, weakref.ref]] = []  # addresses, and what was last handed out
 
-    def take(self, shape) -> np.ndarray:
-        """Bytes (rows, row bytes) that begin a cache line, with anything in them."""
-        size = max(nbytes(np.uint8, shape), 1)
-        free = [area for area, lent in self._areas if lent() is None and area.nbytes >= size]
-        area = min(free, key=len, default=None)
-        area = aligned(size, np.uint8) if area is None else area
+    def take(self, shape) -> tuple[np.ndarray, int]:
+        """Bytes (rows, row bytes) that begin a cache line, with anything in them, and their address."""
+        size = max(math.prod(shape), 1)
+        free = [(len(area), i) for i, (area, _, lent) in enumerate(self._areas) if lent() is None]
+        i = min((i for i in free if i[0] >= size), default=(0, None))[1]
+        if i is None:
+            area = aligned(size, np.uint8)
+            address = area.ctypes.data
+            del self._areas[: 1 - self.KEPT]
+        else:
+            area, address, _ = self._areas.pop(i)
         lent = np.frombuffer(area.data, np.uint8)  # its base is no array: views hold it, not the area
-        self._areas = [pair for pair in self._areas if pair[0] is not area][1 - self.KEPT :]
-        self._areas.append((area, weakref.ref(lent)))
-        return lent[: math.prod(shape)].reshape(shape)
+        self._areas.append((area, address, weakref.ref(lent)))
+        return lent[: math.prod(shape)].reshape(shape), address

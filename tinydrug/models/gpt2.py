@@ -105,9 +105,8 @@ def forward(p: Program, c: Config, n_positions: int) -> Value:
     x = p.add_position(p.embed("wte"), "wpe")  # (T, D)
     for i in range(c.n_layers):
         h = p.noise("H", i, p.layer_norm(x, f"{i}.ln_1"))  # (T, D)
-        q = p.noise("Q", i, p.linear(h, f"{i}.q"))  # (T, H, d)
-        k = p.noise("pK", i, p.linear(h, f"{i}.k"))  # (T, H, d)
-        v = p.linear(h, f"{i}.v")  # (T, H, d)
+        q, k, v = (p.linear(h, f"{i}.{name}") for name in "qkv")  # (T, H, d)
+        q, k = p.noise("Q", i, q), p.noise("pK", i, k)
         keys, values = p.cache(i, k, v)  # (S, H, d)
         y = p.attend(i, q, p.noise("K", i, keys), p.noise("V", i, values), None)
         y = p.drift(i, p.noise("A", i, y))  # (T, H, d)

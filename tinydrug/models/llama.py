@@ -129,9 +129,8 @@ def forward(p: Program, c: Config, n_positions: int) -> Value:
     x = p.embed("embed")  # (T, D)
     for i in range(c.n_layers):
         h = p.noise("H", i, p.rms_norm(x, f"{i}.attn_norm"))  # (T, D)
-        q = p.noise("Q", i, p.linear(h, f"{i}.q_proj"))  # (T, H, d)
-        k = p.noise("pK", i, p.linear(h, f"{i}.k_proj"))  # (T, G, d)
-        v = p.linear(h, f"{i}.v_proj")  # (T, G, d)
+        q, k, v = (p.linear(h, f"{i}.{name}_proj") for name in "qkv")  # (T, H, d), and twice (T, G, d)
+        q, k = p.noise("Q", i, q), p.noise("pK", i, k)
         keys, values = p.cache(i, p.rope(k, rope), v)  # (S, G, d)
         y = p.attend(i, p.rope(q, rope), p.noise("K", i, keys), p.noise("V", i, values), c.sliding_window)
         y = p.drift(i, p.noise("A", i, y))  # (T, H, d)
