@@ -915,21 +915,21 @@ def test_every_instruction_set_gives_the_same_bits(tiny_model):
 
 def test_a_loan_is_used_again_only_when_nobody_holds_it_or_a_view_of_it():
     loans = Loans()
-    first, at = loans.take((3, 64))
-    view = first[1:].view(np.float32)[:, :3]
-    assert at == first.ctypes.data and at % 64 == 0
+    first, at = loans.take(3, (2, 10), 64)
+    view = first[1:, :3]
+    assert at == first.ctypes.data and at % 64 == 0 and first.strides == (64, 4)
     del first
-    assert loans.take((3, 64))[1] != at, "a view holds it"
+    assert loans.take(3, (3, 16), 64)[1] != at, "a view holds it"
     del view
-    assert at in {loans.take((2, 64))[1], loans.take((3, 64))[1]}
-    held = [loans.take((1, 100))[0] for _ in range(10)]
+    assert at in {loans.take(2, (2, 16), 64)[1], loans.take(3, (3, 16), 64)[1]}
+    held = [loans.take(1, (1, 25), 128)[0] for _ in range(10)]
     assert len({array.ctypes.data for array in held}) == 10
 
 
 def test_large_loans_do_not_overlap():
     loans = Loans()
-    big, _ = loans.take((2, 1 << 22))  # from pages of its own
+    big, _ = loans.take(2, (2, 1 << 20), 1 << 22)  # from pages of its own
     big[:] = 7
-    other, _ = loans.take((2, 1 << 22))
+    other, _ = loans.take(2, (2, 1 << 20), 1 << 22)
     other[:] = 9
     assert (big == 7).all()

@@ -275,13 +275,14 @@ class Runtime:
 
     def _lend_logits(self, count):
         """Logits (count, V) that the next step will write: memory that no caller holds any more."""
+        shape = count, self.config.vocab_size
         rows = count + TILE if count > 1 else 1
-        memory, address = self._logits.take((rows, self._outputs.nbytes))
+        logits, address = self._logits.take(rows, shape, self._outputs.nbytes)
         if address != self._logits_address:
             self._logits_address = address
             for operand in self._logits_at:
                 operand["data"] = address
-        return memory[:count].view(np.float32)[:, : self.config.vocab_size]
+        return logits
 
     def _reserve_values(self):
         """Memory for every value of the program but the logits."""

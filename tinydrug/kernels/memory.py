@@ -54,11 +54,12 @@ class Loans:
     def __init__(self):
         self._areas: list[tuple[np.ndarray, int, weakref.ref]] = []  # addresses, and what was last handed out
 
-    def take(self, shape) -> tuple[np.ndarray, int]:
-        """Bytes (rows, row bytes) that begin a cache line, with anything in them, and their address."""
-        size = max(math.prod(shape), 1)
+    def take(self, rows: int, shape: tuple[int, int], step: int) -> tuple[np.ndarray, int]:
+        """Floats of this shape with anything in them, `step` bytes from row to row, in memory that begins a
+        cache line and has room for so many rows; and its address."""
+        size = rows * step
         free = [(len(area), i) for i, (area, _, lent) in enumerate(self._areas) if lent() is None]
-        i = min((i for i in free if i[0] >= size), default=(0, None))[1]
+        i = min((fit for fit in free if fit[0] >= size), default=(0, None))[1]
         if i is None:
             area = aligned(size, np.uint8)
             address = area.ctypes.data
@@ -67,4 +68,4 @@ class Loans:
             area, address, _ = self._areas.pop(i)
         lent = np.frombuffer(area.data, np.uint8)  # its base is no array: views hold it, not the area
         self._areas.append((area, address, weakref.ref(lent)))
-        return lent[: math.prod(shape)].reshape(shape), address
+        return np.ndarray(shape, np.float32, lent, 0, (step, 4)), address
