@@ -6,6 +6,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -27,10 +29,11 @@ from tinydrug.kernels import activation, embed, jit, linear_tiles, lookups, math
 from tinydrug.kernels.attention import ATTEND, CHUNK, partial_bytes
 from tinydrug.kernels.blocks import BLOCKS as BLOCK_FORMATS
 from tinydrug.kernels.isa import KNOWN
-from tinydrug.kernels.kinds import int64
+from tinydrug.kernels.kinds import int64, void
 from tinydrug.kernels.memory import Loans, aligned
 from tinydrug.kernels.pack import FORMATS, PACKERS, SOURCE, scratch_bytes
 from tinydrug.kernels.tables import CALL, OP, OPERAND, SPAN, TOKEN, WEIGHT
+from tinydrug.kernels.team import PARKED, barrier
 from tinydrug.kernels.vectors import load, load_bytes, store, store_bytes
 from tinydrug.noise import SOBER
 
@@ -933,3 +936,27 @@ def test_large_loans_do_not_overlap():
     other, _ = loans.take(2, (2, 1 << 20), 1 << 22)
     other[:] = 9
     assert (big == 7).all()
+
+
+# --- threads that wait
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it spins, and yields to who wants the core")
+def test_who_waits_long_for_others_sleeps():
+    @jit.kernel(void(int64, int64), cached=False)
+    def meet(sync, n):
+        for _ in range(n):
+            barrier(sync, 2)
+
+    sync = aligned(PARKED, np.uint8)
+    arguments = sync.ctypes.data, 1000
+    meet(sync.ctypes.data, 0)  # compile
+    early = threading.Thread(target=meet, args=arguments, daemon=True)
+    early.start()
+    time.sleep(0.05)
+    start = time.process_time()
+    time.sleep(0.4)
+    assert time.process_time() - start < 0.1, "it spins"
+    meet(*arguments)
+    early.join(10)
+    assert not early.is_alive()
