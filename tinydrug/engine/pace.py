@@ -11,7 +11,7 @@ BETTER = 0.8  # of what they would have taken before, at most: so few can be luc
 SLOWER = 1.6  # times the best known: what counts as a disturbance
 CLIPPED = 4.0  # times the best known: what one step can count at most, since a hiccup is no disturbance
 WEIGHT = 0.1  # of the last step in the running mean
-RETRY, LONGEST = 24, 192  # steps of disturbance to a trial: twice as many after each that changed nothing
+RETRY, LONGEST = 24, 192  # disturbed steps before a trial: twice as many after each that changed nothing
 FORGET = 1.002  # growth of the best known time a step: contexts grow, and so do honest times
 
 
@@ -39,7 +39,7 @@ class Pace:
         """The step that `choose` was asked for took so long."""
         if self._trial is not None:
             self._trial.append(seconds)
-            if len(self._trial) == TRIAL or sum(self._trial) > BETTER * TRIAL * self._mean:
+            if len(self._trial) == TRIAL or self._has_failed():
                 self._judge()
             return
         self._steps += 1
@@ -61,8 +61,12 @@ class Pace:
     def _is_due(self) -> bool:
         return self._is_disturbed() and self._steps >= self._patience
 
+    def _has_failed(self) -> bool:
+        """Whether the trial, even if no more steps came, is not clearly faster."""
+        return sum(self._trial) > BETTER * TRIAL * self._mean
+
     def _judge(self) -> None:
-        if sum(self._trial) > BETTER * TRIAL * self._mean:
+        if self._has_failed():
             self._patience = min(2 * self._patience, LONGEST)
         else:
             self._mean, self._patience = sum(self._trial) / TRIAL, RETRY

@@ -50,12 +50,13 @@ def pause(b):
         emit.call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
 
 
+# The number of Linux's system call futex, which differs by machine.
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None
 _WAIT, _WAKE = 128, 129  # FUTEX_WAIT and FUTEX_WAKE among the threads of a process
 
 
 def _futex(b, p, action, number):
-    """futex(2): a system call of the C library's `syscall`."""
+    """futex(2), through the C library's `syscall`, since it has no function of that name."""
     emit.call(b, "syscall", i64, [i64(_FUTEX), p, i64(action), b.zext(number, i64), i64(0)])
 
 

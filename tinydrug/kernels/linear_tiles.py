@@ -45,7 +45,7 @@ def in_tiles(blocks):
     at_once = TOGETHER if many > 1 else 4 * TOGETHER
     groups_ahead = -(-AHEAD // (many * block_bytes))
 
-    # A product begins.
+    # A product begins; and (addition) its integers are added to floats.
     if second is not None:
 
         def product(t):
@@ -77,7 +77,7 @@ def in_tiles(blocks):
             return whole
 
     def addition(by_sums):
-        """Its integers are added to floats."""
+        """The function that adds a product; by_sums: see tiles.py."""
         add_scaled, add_scaled_fma = SCALE_ADD_STORED[by_sums]
 
         @inline

@@ -129,6 +129,7 @@ def forward(p: Program, c: Config, n_positions: int) -> Value:
     x = p.embed("embed")  # (T, D)
     for i in range(c.n_layers):
         h = p.noise("H", i, p.rms_norm(x, f"{i}.attn_norm"))  # (T, D)
+        # Noise comes after all three: a linear map between two steps by heads would make threads meet again.
         q, k, v = (p.linear(h, f"{i}.{name}_proj") for name in "qkv")  # (T, H, d), and twice (T, G, d)
         q, k = p.noise("Q", i, q), p.noise("pK", i, k)
         keys, values = p.cache(i, p.rope(k, rope), v)  # (S, G, d)
