@@ -142,6 +142,11 @@ def weights(values: np.ndarray, kind: str = "f32", bias=None, **need) -> tuple[W
     return Weights({"w": Need("w", values.shape, fine=kind != "q4_128", **need)}, tensors, quant, 1), "w"
 
 
+def loaded_from(whole: Tensor) -> tuple[Weights, str]:
+    """A loaded matrix, in the format of its file."""
+    return Weights({"w": Need("w", whole.shape)}, {"w": whole}, "none", 1), "w"
+
+
 def values_of(kind: str, values: np.ndarray) -> np.ndarray:
     """What the file then holds, float64; or, padded columns too, what the format holds that no file has."""
     if kind in OURS:
@@ -262,6 +267,22 @@ def test_what_is_not_finite_spoils_its_own_row_alone(kind, bad):
     found = linear(weight, x, y, False)
     assert not np.isfinite(found[2]).any()
     np.testing.assert_array_equal(np.delete(found, 2, 0), np.delete(good, 2, 0))
+    np.testing.assert_array_equal(linear(weight, x[2:3], y[:1], False), found[2:3], "alone as in a tile")
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_scale_that_is_not_finite_spoils_its_own_column_alone(kind, bad):
+    """Kernels that round alike must also fail alike."""
+    rng, k = RNG(0), columns(kind, 96)
+    whole, x, y = tensor("w", rng.normal(size=(20, k)), kind), rng.normal(size=(17, k)), np.zeros((17, 20))
+    good = linear(loaded_from(whole), x, y, False)
+    at = SCALES.get(kind, (0,))[0]
+    whole.data.reshape(20, -1)[3, at : at + 2] = np.array([bad], "<f2").view(np.uint8)
+    weight = loaded_from(whole)
+    found = linear(weight, x, y, False)
+    assert np.isnan(found[:, 3]).all()
+    np.testing.assert_array_equal(np.delete(found, 3, 1), np.delete(good, 3, 1))
     np.testing.assert_array_equal(linear(weight, x[2:3], y[:1], False), found[2:3], "alone as in a tile")
 
 

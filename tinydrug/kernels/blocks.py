@@ -81,6 +81,14 @@ def widths(group):
 
 # --- one f16 scale a block; perhaps a minimum ---------------------------------------------------------------
 @inline
+def load_scale(p):
+    """The bits of an f16 scale, NaN for infinity: kernels reach a finite product in different ways, of which
+    some subtract infinity from infinity."""
+    bits = load_u16(p)
+    return bits | (1 if bits & 0x7FFF == 0x7C00 else 0)
+
+
+@inline
 def scale_1(s, b):
     return load_halves(s + 32 * b)
 
@@ -101,7 +109,7 @@ def _halves(block_bytes, halves):
     @inline
     def copy_scales(row, b, r, scales):
         for i in range(halves):
-            store_u16(scales + 32 * (halves * b + i) + 2 * r, load_u16(row + block_bytes * b + 2 * i))
+            store_u16(scales + 32 * (halves * b + i) + 2 * r, load_scale(row + block_bytes * b + 2 * i))
 
     return copy_scales
 
@@ -165,8 +173,8 @@ def _scales_k(block_bytes):
             minimum = load_u8(packed + j + 4) >> 4 | (load_u8(packed + j) >> 6) << 4
         store_u8(s + 16 * j + r, scale)
         store_u8(s + 128 + 16 * j + r, minimum)
-        store_u16(s + 256 + 2 * r, load_u16(block))
-        store_u16(s + 288 + 2 * r, load_u16(block + 2))
+        store_u16(s + 256 + 2 * r, load_scale(block))
+        store_u16(s + 288 + 2 * r, load_scale(block + 2))
 
     return copy_scales
 
@@ -216,7 +224,7 @@ def scales_q6_k(row, b, r, scales):
     block, s = row + 210 * (b // 8), scales + 288 * (b // 8)
     for i in range(2 * (b % 8), 2 * (b % 8) + 2):
         store_u8(s + 16 * i + r, load_u8(block + 192 + i))
-    store_u16(s + 256 + 2 * r, load_u16(block + 208))
+    store_u16(s + 256 + 2 * r, load_scale(block + 208))
 
 
 # --- q4_128: four blocks share a scale, and every 8 columns choose their table ------------------------------

@@ -53,6 +53,7 @@ from tinydrug.kernels.vectors import (
 
 f4, i4, i8 = np.float32, np.int32, np.int64
 SHRINKS = tuple(map(f4, SHRINKS))
+F16_OVERFLOW, NAN = f4(65520), f4(np.nan)  # from where on an f16 is infinite
 OVER = 1.1  # how far beyond a table's last level a value may be, for that table to be tried
 ENDS = tuple(map(f4, (-127, 113, -137, 121)))  # what the largest value of a group is tried as
 EDGES = tuple((low + high) / 2 for low, high in zip(LEVELS[:-1], LEVELS[1:], strict=True))
@@ -114,7 +115,9 @@ def _write_bytes(group):
                 highest = higher_magnitude(highest, load(row + 4 * c))
             top = highest_magnitude(highest)
             inverse = f4(127.0) / top if top > f4(0.0) else f4(0.0)
-            store_f16(scales + 32 * (first // group) + 2 * r, top / f4(127.0))
+            scale = top / f4(127.0)
+            scale = scale if scale < F16_OVERFLOW else NAN  # as load_scale in blocks.py
+            store_f16(scales + 32 * (first // group) + 2 * r, scale)
             for c in range(first, last, 16):
                 store_low_bytes(scratch, to_ints(round_even(load(row + 4 * c) * inverse)) + i4(128))
                 for quad in range(4):
