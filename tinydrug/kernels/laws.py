@@ -58,6 +58,7 @@ class Law(NamedTuple):
     keys: object
     draw_values: object
     values: object
+    unit: bool = False  # whether the square of every component is 1
 
 
 def of_pairs(pair, root=None) -> Law:
@@ -239,6 +240,6 @@ LAWS = {
     "sign": Entry(
         2,
         "components -1 or 1, isotropic to second order, the cheapest",
-        Law(sign_components, draw_signs, sign_keys, draw_signs, sign_values),
+        Law(sign_components, draw_signs, sign_keys, draw_signs, sign_values, unit=True),
     ),
 }

@@ -76,7 +76,7 @@ DRAWN_BYTES = DRAWN.dtype.itemsize
 ROTATE = void(DRAWN, *[int64] * 6)  # drawn, x, components, period, valid, position, scratch
 TURNED = 64  # cached vectors that are turned in one call, at most
 ROW = 4 * TURNED  # bytes of one number each. In scratch there are, of each vector:
-WORDS, SUMS, ARRAY = 0, 4 * ROW, 9 * ROW  # four words; x.x, r.x, r.r, a and b; its components as floats
+WORDS, SUMS, DRAWS = 0, 4 * ROW, 9 * ROW  # four words; x.x, r.x, r.r, a and b; what a law draws ahead
 A, B = SUMS + 3 * ROW, SUMS + 4 * ROW
 # op, drawn, keys or values, position of the first (a multiple of 16), count, out, scratch
 TURN = void(OP, DRAWN, *[int64] * 5)
@@ -193,7 +193,7 @@ class Law(NamedTuple):
 
 def turn_bytes(d: int) -> int:
     """Scratch of `keys` and `values` for heads of this (padded) width."""
-    return ARRAY + 12 * TURNED * d + 3 * 1024
+    return DRAWS + 8 * TURNED * d + 3 * 1024
 
 
 def make_law(name, law: Directions, wandering=False, cached=True) -> Law:
@@ -306,10 +306,17 @@ def make_law(name, law: Directions, wandering=False, cached=True) -> Law:
     draw_keys, by_lane = in_memory(law.draw_keys, law.keys)
     draw_values, by_row = in_memory(law.draw_values, law.values)
 
+    unit = law.unit and not wandering  # then r.r is the number of components
+
+    @inline
+    def square_of(op, rr):
+        """r.r of vectors whose sums these are."""
+        return floats(f4(op.head_dim // op.period * op.valid)) if unit else rr
+
     def keys_of(cell_name, load_cell, cell):
         @inline
-        def directions(op, drawn, at, source, x, r, draws):
-            """16 cached keys -> x (d, 16) floats, their directions -> r (d, 16), their sums."""
+        def directions(op, drawn, at, source, r, draws):
+            """The directions of 16 cached keys -> r (d, 16), and their sums."""
             d, padded, zero = op.head_dim, op.valid < op.period, floats(f4(0.0))
             xx, rx, rr, xx1, rx1, rr1 = zero, zero, zero, zero, zero, zero
             for block in range(d // 32):
@@ -322,40 +329,38 @@ def make_law(name, law: Directions, wandering=False, cached=True) -> Law:
                         if (i + 16) % op.period >= op.valid:
                             r1 = zero
                     x0, x1 = load_cell(source + 16 * cell * i), load_cell(source + 16 * cell * (i + 16))
-                    xx, rx, rr = fma(x0, x0, xx), fma(r0, x0, rx), fma(r0, r0, rr)
-                    xx1, rx1, rr1 = fma(x1, x1, xx1), fma(r1, x1, rx1), fma(r1, r1, rr1)
-                    store(x + 64 * i, x0)
-                    store(x + 64 * i + 1024, x1)
+                    xx, rx, xx1, rx1 = fma(x0, x0, xx), fma(r0, x0, rx), fma(x1, x1, xx1), fma(r1, x1, rx1)
+                    if not unit:
+                        rr, rr1 = fma(r0, r0, rr), fma(r1, r1, rr1)
                     store(r + 64 * i, r0)
                     store(r + 64 * i + 1024, r1)
             store(at + SUMS, xx + xx1)
             store(at + SUMS + ROW, rx + rx1)
-            store(at + SUMS + 2 * ROW, rr + rr1)
+            store(at + SUMS + 2 * ROW, square_of(op, rr + rr1))
 
         @kernel(TURN, f"keys_{name}_{cell_name}", cached)
         def keys(op, drawn, source, position, count, out, scratch):
             """Make cached keys noisy, 16 by 16: (d, 16) of the cache -> (d, 16) floats at out."""
-            d, groups, x = op.head_dim, (count + 15) // 16, scratch + ARRAY
-            draws = x + 4 * TURNED * d
+            d, groups, draws = op.head_dim, (count + 15) // 16, scratch + DRAWS
             draw_words(drawn, position, groups, scratch)
             for j in range(groups):
                 at, to = scratch + 64 * j, draws + 128 * d * j
                 draw_keys(at + WORDS, d, to)
             for j in range(groups):
                 o, at, to = 16 * d * j, scratch + 64 * j, draws + 128 * d * j
-                directions(op, drawn, at, source + cell * o, x + 4 * o, out + 4 * o, to)
+                directions(op, drawn, at, source + cell * o, out + 4 * o, to)
             factors(drawn, position, groups, scratch)
             for j in range(groups):
                 a, b = load(scratch + A + 64 * j), load(scratch + B + 64 * j)
-                for i in range(64 * d * j, 64 * d * (j + 1), 64):
-                    store(out + i, fma(load(out + i), b, a * load(x + i)))
+                for i in range(16 * d * j, 16 * d * (j + 1), 16):
+                    store(out + 4 * i, fma(load(out + 4 * i), b, a * load_cell(source + cell * i)))
 
         return keys
 
     def values_of(cell_name, load_cell, cell):
         @inline
-        def directions(op, drawn, at, source, x, r, draws, products):
-            """16 cached values -> x (16, d) floats, their directions -> r (16, d), their sums."""
+        def directions(op, drawn, at, source, r, draws, products):
+            """The directions of 16 cached values -> r (16, d), and their sums."""
             d, padded, zero = op.head_dim, op.valid < op.period, floats(f4(0.0))
             for p in range(16):
                 xx, rx, rr, xx1, rx1, rr1 = zero, zero, zero, zero, zero, zero
@@ -366,25 +371,24 @@ def make_law(name, law: Directions, wandering=False, cached=True) -> Law:
                         r0 = existing(r0, 32 * block, op.period, op.valid)
                         r1 = existing(r1, 32 * block + 16, op.period, op.valid)
                     x0, x1 = load_cell(source + cell * i), load_cell(source + cell * (i + 16))
-                    xx, rx, rr = fma(x0, x0, xx), fma(r0, x0, rx), fma(r0, r0, rr)
-                    xx1, rx1, rr1 = fma(x1, x1, xx1), fma(r1, x1, rx1), fma(r1, r1, rr1)
-                    store(x + 4 * i, x0)
-                    store(x + 4 * i + 64, x1)
+                    xx, rx, xx1, rx1 = fma(x0, x0, xx), fma(r0, x0, rx), fma(x1, x1, xx1), fma(r1, x1, rx1)
+                    if not unit:
+                        rr, rr1 = fma(r0, r0, rr), fma(r1, r1, rr1)
                     store(r + 4 * i, r0)
                     store(r + 4 * i + 64, r1)
                 store(products + 64 * p, xx + xx1)
                 store(products + 64 * p + 1024, rx + rx1)
-                store(products + 64 * p + 2048, rr + rr1)
+                if not unit:
+                    store(products + 64 * p + 2048, rr + rr1)
             store(at + SUMS, sum_each(products))
             store(at + SUMS + ROW, sum_each(products + 1024))
-            store(at + SUMS + 2 * ROW, sum_each(products + 2048))
+            store(at + SUMS + 2 * ROW, square_of(op, sum_each(products + 2048)))
 
         @kernel(TURN, f"values_{name}_{cell_name}", cached)
         def values(op, drawn, source, position, count, out, scratch):
             """Make cached values noisy: (count, d) of the cache -> (count, d) floats at out, count rounded up
             to 16."""
-            d, groups, x = op.head_dim, (count + 15) // 16, scratch + ARRAY
-            draws = x + 4 * TURNED * d
+            d, groups, draws = op.head_dim, (count + 15) // 16, scratch + DRAWS
             products = draws + 8 * TURNED * d
             draw_words(drawn, position, groups, scratch)
             for j in range(groups):
@@ -392,13 +396,13 @@ def make_law(name, law: Directions, wandering=False, cached=True) -> Law:
                 draw_values(at + WORDS, d, to)
             for j in range(groups):
                 o, at, to = 16 * d * j, scratch + 64 * j, draws + 128 * d * j
-                directions(op, drawn, at, source + cell * o, x + 4 * o, out + 4 * o, to, products)
+                directions(op, drawn, at, source + cell * o, out + 4 * o, to, products)
             factors(drawn, position, groups, scratch)
             for p in range(16 * groups):
                 at = scratch + 4 * p
                 a, b = floats(load_f32(at + A)), floats(load_f32(at + B))
-                for i in range(4 * d * p, 4 * d * (p + 1), 64):
-                    store(out + i, fma(load(out + i), b, a * load(x + i)))
+                for i in range(d * p, d * (p + 1), 16):
+                    store(out + 4 * i, fma(load(out + 4 * i), b, a * load_cell(source + cell * i)))
 
         return values
 
