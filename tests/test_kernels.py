@@ -829,6 +829,46 @@ def test_a_kernel_is_compiled_once_and_then_loaded(kept, tmp_path, monkeypatch):
     assert kept().is_cached and kept()(4) == 8
 
 
+SMALL = "embed.embed, norm.rms_norm, embed.asked, rope.rope, team.post, rope.write_cache"  # kernels
+COMPILE = f"""
+import sys
+from tinydrug.kernels import compiler, crew, embed, norm, rope, team
+compiled, whole = [], compiler.object_code
+compiler.object_code = lambda *about: compiled.append(about[2]) or whole(*about)
+sys.executable = sys.argv[1] or sys.executable
+kernels, shares = ({SMALL},), []
+crew.compile_all(kernels, 2, shares.append)
+assert all("address" in vars(kernel) for kernel in kernels) and shares == sorted(shares)
+print(*compiled)
+"""
+
+
+@pytest.mark.parametrize(
+    ("python", "here"),
+    [("", {1, 2, 3, 4, 5}), ("python-that-is-not", {6}), ("python-that-ends", {6}), ("an-application", {6})],
+)
+def test_kernels_are_compiled_by_two_processes_or_by_this_one(python, here, tmp_path, tmp_path_factory):
+    """python: what runs the worker; here: how many kernels this process may have compiled."""
+    if python:
+        python = tmp_path_factory.mktemp("bin") / python
+        if python.name != "python-that-is-not":
+            python.write_text("#!/bin/sh\n")
+            python.chmod(0o700)
+    environment = os.environ | {"TINYDRUG_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(python)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(done.stdout.split()) in here and not done.stderr
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        name.rpartition(".")[2] for name in SMALL.split(", ")
+    )
+
+
 @pytest.mark.parametrize("damage", ["", "half", "garbage", "one byte"])
 def test_a_damaged_file_is_compiled_anew(damage, kept, tmp_path):
     assert kept()(1) == 2

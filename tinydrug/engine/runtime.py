@@ -21,6 +21,7 @@ from tinydrug.formats.config import Config
 from tinydrug.formats.weights import Weights, padded
 from tinydrug.kernels import attention, linear_tiles
 from tinydrug.kernels.attention import CHUNK, partial_bytes, split_tiles
+from tinydrug.kernels.crew import compile_all
 from tinydrug.kernels.memory import Loans, aligned
 from tinydrug.kernels.tables import CALL, OPERAND, SPAN, TOKEN
 from tinydrug.kernels.team import Team, post, serve
@@ -80,7 +81,7 @@ class Runtime:
         self._outputs = architecture.forward(self._program, config, n_ctx)
         self.sober = dose_table(SOBER, config.n_layers, cell)
         self.sober_terms = term_table(SOBER, config)
-        self._compile(progress)
+        compile_all([*self._program.kernels(), serve, post], threads, progress)
         self._call = CALL.rows()
         self._tokens = TOKEN.rows(chunk)
         self._call["tokens"] = self._tokens.ctypes.data
@@ -248,13 +249,6 @@ class Runtime:
             end = part.start + len(part.ids) if again else session.pos
             session.cache.end(end, again, end == session.pos)
         return logits
-
-    def _compile(self, progress):
-        kernels = [*self._program.kernels(), serve, post]
-        for i, kernel in enumerate(kernels):
-            kernel.address  # noqa: B018 - compiles or loads
-            if progress:
-                progress((i + 1) / len(kernels))
 
     def _reserve_spans(self, count):
         """Room for the tables of so many spans and the partial results of their attention."""

@@ -227,7 +227,7 @@ def _attend(name, load_cell, cell):
                     step, panels = 4 * CHUNK, d // 16
                     multiply(cells, rows, weights, step, n, values, d, 16, panels, True, y, 4 * d, ahead)
 
-    @kernel(OPERATION, f"attend_{name}")
+    @kernel(OPERATION, f"attend_{name}", big=True)
     def attend(call, op, tid, n):
         """queries x (T, H, d) over the cached keys and values -> y (T, H, d)."""
         d, G, group = op.head_dim, op.kv_heads, op.heads // op.kv_heads

@@ -28,6 +28,7 @@ log = logging.getLogger("tinydrug")
 llvm.initialize_native_target()
 llvm.initialize_native_asmprinter()
 _lock = threading.RLock()
+KERNELS: dict[str, "Kernel"] = {}  # those that are kept, of all modules imported, by name
 
 
 class Helper:
@@ -121,10 +122,13 @@ class Kernel:
     """A C function, compiled or loaded on first use. `address` is what tables hold; calling it goes through
     ctypes, which lets go of the GIL."""
 
-    def __init__(self, function, signature, name, cached=True):
+    def __init__(self, function, signature, name, cached=True, big=False):
         # The name is also the symbol: kernels made by one factory must differ in it.
         function.__qualname__ = function.__name__ = self.name = name
         self._function, self._signature, self._cached = function, signature, cached
+        self.module, self.big = function.__module__, big
+        if cached:
+            KERNELS[name] = self
 
     @functools.cached_property
     def address(self) -> int:
@@ -169,6 +173,7 @@ class Kernel:
         return "address" in self.__dict__ or bool(self._path and self._path.exists())
 
 
-def kernel(signature: Signature, name: str | None = None, cached: bool = True) -> Callable:
-    """Decorator: a function of this signature becomes a Kernel; cached=False if a user's code is in it."""
-    return lambda function: Kernel(function, signature, name or function.__name__, cached)
+def kernel(signature: Signature, name: str | None = None, cached: bool = True, big: bool = False) -> Callable:
+    """Decorator: a function of this signature becomes a Kernel; cached=False if a user's code is in it; big
+    if it takes seconds to compile."""
+    return lambda function: Kernel(function, signature, name or function.__name__, cached, big)

@@ -197,7 +197,7 @@ def _block_linear(name, blocks):
         finish_panel(one, op, p, y)
         finish_panel(other, op, q, y)
 
-    @kernel(OPERATION, f"linear_{name}")
+    @kernel(OPERATION, f"linear_{name}", big=True)
     def linear(call, op, tid, n):
         me, rows = reader(call, op, tid), rows_of(call, op)
         lo, hi = share(op.weight.n // 16, tid, n)
