@@ -87,7 +87,7 @@ def _measure_model(spec: str, args, limits: Limits, scratch) -> Iterable[Row]:
         ours.decode(n)
         ours.prefill_all(p)
         for _ in range(args.rounds):
-            figures["read"].append(limits.read_gbs(3, ours.weights))
+            figures["read"].append(limits.read_gbs(area=ours.weights))
             figures["decode"].append(ours.decode(n))
             figures["prefill"].append(ours.prefill(p))
             figures["prefill all"].append(ours.prefill_all(p))

@@ -45,7 +45,7 @@ for name in sys.argv[1].split(","):
 def measure(args: argparse.Namespace) -> Iterable[Row]:
     flags = [*(["-m", args.model] if args.model else []), "-t", str(args.threads), "-q", "-n", "2"]
     flags += ["-no-cnv", "-p", "Once upon a time"]
-    _first_token(flags)  # what must be compiled is: Numba is no part of a later start
+    _first_token(flags)  # compiles what is missing, or Numba would be among the libraries
     script = IMPORTED.format(cli=CLI)
     said = subprocess.run([sys.executable, "-c", script, *flags], capture_output=True, text=True, check=True)
     libraries = ",".join(json.loads(said.stderr.splitlines()[-1]))

@@ -274,16 +274,17 @@ def test_what_is_not_finite_spoils_its_own_row_alone(kind, bad):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_scale_that_is_not_finite_spoils_its_own_column_alone(kind, bad):
     """Kernels that round alike must also fail alike."""
-    rng, k = RNG(0), columns(kind, 96)
-    whole, x, y = tensor("w", rng.normal(size=(20, k)), kind), rng.normal(size=(17, k)), np.zeros((17, 20))
-    good = linear(loaded_from(whole), x, y, False)
-    at = SCALES.get(kind, (0,))[0]
-    whole.data.reshape(20, -1)[3, at : at + 2] = np.array([bad], "<f2").view(np.uint8)
-    weight = loaded_from(whole)
-    found = linear(weight, x, y, False)
-    assert np.isnan(found[:, 3]).all()
-    np.testing.assert_array_equal(np.delete(found, 3, 1), np.delete(good, 3, 1))
-    np.testing.assert_array_equal(linear(weight, x[2:3], y[:1], False), found[2:3], "alone as in a tile")
+    rng, k, T = RNG(0), columns(kind, 96), 145  # more than are multiplied together: see tiles.py, by_sums
+    values, x, y = rng.normal(size=(20, k)), rng.normal(size=(T, k)), np.zeros((T, 20))
+    good = linear(loaded_from(tensor("w", values, kind)), x, y, False)
+    for at in {"q4_1": (0, 2), "q5_1": (0, 2)}.get(kind, SCALES.get(kind, (0,))):  # minima, too
+        whole = tensor("w", values, kind)
+        whole.data.reshape(20, -1)[3, at : at + 2] = np.array([bad], "<f2").view(np.uint8)
+        weight = loaded_from(whole)
+        found = linear(weight, x, y, False)
+        assert np.isnan(found[:, 3]).all()
+        np.testing.assert_array_equal(np.delete(found, 3, 1), np.delete(good, 3, 1))
+        np.testing.assert_array_equal(linear(weight, x[2:3], y[:1], False), found[2:3], "alone as in a tile")
 
 
 @pytest.mark.parametrize("kind", ["q8_256", "q4_128", "q4_k", "q6_k"])
@@ -745,6 +746,17 @@ def test_every_packer(kind, name, k):
         assert_rounded(found, held, name)
 
 
+@pytest.mark.parametrize("name", ["q8_0", "q8_256", "q4_128"])
+@pytest.mark.parametrize("large", [1e9, 1e30, np.inf])
+def test_a_scale_beyond_f16_is_nan(name, large):
+    """1e9 / 127 is more than one holds, spread over 64 columns, too."""
+    w = np.ones((16, 64), np.float32)
+    w[3, 40] = large
+    found = packed("f32", name, w.reshape(-1).view(np.uint8), 64)
+    of_its_scale = 32 if name == "q8_0" else 0  # the columns from here on
+    assert np.isnan(found[3, of_its_scale:]).all() and np.isfinite(np.delete(found, 3, 0)).all()
+
+
 @pytest.mark.parametrize("size", [1e-3, 1, 300])
 @pytest.mark.parametrize(("tails", "least"), [(1000, 0.33), (4, 0.45)])
 def test_levels_leave_less_error_than_even_steps(tails, least, size):
@@ -838,7 +850,8 @@ compiler.object_code = lambda *about: compiled.append(about[2]) or whole(*about)
 sys.executable = sys.argv[1] or sys.executable
 kernels, shares = ({SMALL},), []
 crew.compile_all(kernels, 2, shares.append)
-assert all("address" in vars(kernel) for kernel in kernels) and shares == sorted(shares)
+assert all("address" in vars(kernel) for kernel in kernels)
+assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(shares)
 print(*compiled)
 """
 
@@ -852,7 +865,7 @@ def test_kernels_are_compiled_by_two_processes_or_by_this_one(python, here, tmp_
     if python:
         python = tmp_path_factory.mktemp("bin") / python
         if python.name != "python-that-is-not":
-            python.write_text("#!/bin/sh\n")
+            python.write_text('#!/bin/sh\ntouch "$0.ran"\n')
             python.chmod(0o700)
     environment = os.environ | {"TINYDRUG_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
@@ -863,6 +876,8 @@ def test_kernels_are_compiled_by_two_processes_or_by_this_one(python, here, tmp_
         check=True,
     )
     assert len(done.stdout.split()) in here and not done.stderr
+    if python:
+        assert Path(f"{python}.ran").exists() == (python.name == "python-that-ends")
     (folder,) = tmp_path.iterdir()
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         name.rpartition(".")[2] for name in SMALL.split(", ")

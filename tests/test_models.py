@@ -165,6 +165,30 @@ def test_attention_over_several_chunks_of_positions(name, run):
             np.testing.assert_array_equal(np.concatenate([*head, rest]), whole, f"{before} {piece}")
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_long_sequences_together_have_the_bits_of_each_alone(threads, run):
+    """The chunks of several single tokens, one of them drugged, in one step: threads claim runs of them."""
+    ids, model = long_ids(900).tolist(), run("llama-gqa", n_ctx=1024, chunk=1024, threads=threads)
+    own = (
+        (ids[:611], None),
+        (ids[100:], "V:0.3,K:0.2"),
+        (ids[:520], None),
+        (ids[3:40], "V:0.2"),
+        (ids[:800], None),
+    )
+    last = (1, 1, 5, 1, 1)  # tokens that are fed together
+    alone, together = [], [session(model, drug, seed=i) for i, (_, drug) in enumerate(own)]
+    for i, ((tokens, drug), n) in enumerate(zip(own, last, strict=True)):
+        one = session(model, drug, seed=i)
+        one.feed(tokens[:-n]), together[i].feed(tokens[:-n])
+        alone.append(one.feed(tokens[-n:], "none" if drug is None else "all", n).copy())
+    parts = [
+        Part(one, tokens[-n:], drug is not None, n)
+        for one, (tokens, drug), n in zip(together, own, last, strict=True)
+    ]
+    np.testing.assert_array_equal(model.step(parts), np.concatenate(alone))
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 49, 100])
 def test_window_and_ring_wrapped_several_times(chunk, run):
     """400 positions in a ring of 64 or 128 slots and a window of 16: crossed everywhere, wrapped up to six

@@ -16,22 +16,20 @@ from tinydrug.loading import load
 from tinydrug.noise import COUNTED, Schedule
 from tinydrug.noise.drift import TERMS
 
-SLOW = 1.0  # seconds after which compiling is worth a line
 CONTINUES = 128  # tokens at most, of a text that is continued
 ANSWERS = 512  # of an answer, which mostly ends by itself
 IDLE_ROWS = 16  # tokens read at once while waiting for a line: how long the line may have to wait
 
 
 def load_engine(args: argparse.Namespace, console: Console) -> Engine:
-    """The model of the flags, with bars on a terminal and a line when kernels are compiled for long."""
-    loaded, told = time.monotonic(), False
+    """The model of the flags, with bars on a terminal and a line when kernels are compiled."""
+    told = False
 
     def progress(phase: str, share: float) -> None:
-        nonlocal loaded, told
+        nonlocal told
         if phase == "load":
             console.bar("loading the model", share)
-            loaded = time.monotonic()
-        elif time.monotonic() - loaded > SLOW:
+        else:
             console.bar("compiling kernels (once per machine)", share)
             if not (console.bars or told):
                 console.say("compiling kernels (once per machine) ...")

@@ -82,8 +82,8 @@ def widths(group):
 # --- one f16 scale a block; perhaps a minimum ---------------------------------------------------------------
 @inline
 def load_scale(p):
-    """The bits of an f16 scale, NaN for infinity: kernels reach a finite product in different ways, of which
-    some subtract infinity from infinity."""
+    """The bits of an f16 scale, NaN for infinity: of that, some kernels would make infinity and others NaN
+    (tiles.py, by_sums)."""
     bits = load_u16(p)
     return bits | (1 if bits & 0x7FFF == 0x7C00 else 0)
 

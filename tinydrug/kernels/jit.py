@@ -28,7 +28,7 @@ log = logging.getLogger("tinydrug")
 llvm.initialize_native_target()
 llvm.initialize_native_asmprinter()
 _lock = threading.RLock()
-KERNELS: dict[str, "Kernel"] = {}  # those that are kept, of all modules imported, by name
+KERNELS: dict[str, "Kernel"] = {}  # those whose machine code is kept, by name
 
 
 class Helper:

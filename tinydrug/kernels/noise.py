@@ -310,7 +310,7 @@ def make_law(name, law: Directions, wandering=False, cached=True) -> Law:
 
     @inline
     def square_of(op, rr):
-        """r.r of vectors whose sums these are."""
+        """r.r, given its sums; of signs it is known."""
         return floats(f4(op.head_dim // op.period * op.valid)) if unit else rr
 
     def keys_of(cell_name, load_cell, cell):

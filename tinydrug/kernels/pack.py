@@ -199,7 +199,7 @@ def write_q4_128(row, r, k, data, scales, scratch):
             v = load(columns + 64 * c)
             high, low = maximum(high, v), maximum(low, v * f4(-1.0))
         top = select(high > low, high, low * f4(-1.0))
-        scale, best = top * f4(0.0), floats(f4(0.0))  # NaN unless finite
+        scale, best = top * f4(0.0), floats(f4(0.0))
         for end in ENDS:
             inverse = select(absolute(top) > f4(0.0), floats(end) / top, floats(f4(0.0)))
             along, square = floats(f4(0.0)), floats(f4(0.0))
@@ -210,7 +210,9 @@ def write_q4_128(row, r, k, data, scales, scratch):
             better = along * along > best * square
             scale = select(better, along / square, scale)
             best = select(better, along * along / square, best)
-        store_halves(at, scale)
+        store_halves(
+            at, select(absolute(scale) < F16_OVERFLOW, scale, floats(NAN))
+        )  # as load_scale in blocks.py
         scale = load_halves(at)
         inverse = select(absolute(scale) > f4(0.0), floats(f4(1.0)) / scale, floats(f4(0.0)))
         for b in range(width // 32):
