@@ -87,6 +87,7 @@ def _measure_model(spec: str, args, limits: Limits, scratch) -> Iterable[Row]:
         ours.decode(n)
         ours.prefill_all(p)
         for _ in range(args.rounds):
+            # The median of three passes: after the peers' turns the first may find its pages gone.
             figures["read"].append(limits.read_gbs(area=ours.weights))
             figures["decode"].append(ours.decode(n))
             figures["prefill"].append(ours.prefill(p))

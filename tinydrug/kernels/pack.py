@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinydrug.kernels.blocks import BLOCKS
+from tinydrug.kernels.blocks import BLOCKS, load_scale
 from tinydrug.kernels.hadamard import spread
 from tinydrug.kernels.jit import Kernel, inline, kernel
 from tinydrug.kernels.kinds import int64, void
@@ -47,13 +47,13 @@ from tinydrug.kernels.vectors import (
     store_i32,
     store_ints,
     store_low_bytes,
+    store_u16,
     to_ints,
     transpose,
 )
 
 f4, i4, i8 = np.float32, np.int32, np.int64
 SHRINKS = tuple(map(f4, SHRINKS))
-F16_OVERFLOW, NAN = f4(65520), f4(np.nan)  # from where on an f16 is infinite
 OVER = 1.1  # how far beyond a table's last level a value may be, for that table to be tried
 ENDS = tuple(map(f4, (-127, 113, -137, 121)))  # what the largest value of a group is tried as
 EDGES = tuple((low + high) / 2 for low, high in zip(LEVELS[:-1], LEVELS[1:], strict=True))
@@ -115,9 +115,9 @@ def _write_bytes(group):
                 highest = higher_magnitude(highest, load(row + 4 * c))
             top = highest_magnitude(highest)
             inverse = f4(127.0) / top if top > f4(0.0) else f4(0.0)
-            scale = top / f4(127.0)
-            scale = scale if scale < F16_OVERFLOW else NAN  # as load_scale in blocks.py
-            store_f16(scales + 32 * (first // group) + 2 * r, scale)
+            at = scales + 32 * (first // group) + 2 * r
+            store_f16(at, top / f4(127.0))
+            store_u16(at, load_scale(at))
             for c in range(first, last, 16):
                 store_low_bytes(scratch, to_ints(round_even(load(row + 4 * c) * inverse)) + i4(128))
                 for quad in range(4):
@@ -210,9 +210,9 @@ def write_q4_128(row, r, k, data, scales, scratch):
             better = along * along > best * square
             scale = select(better, along / square, scale)
             best = select(better, along * along / square, best)
-        store_halves(
-            at, select(absolute(scale) < F16_OVERFLOW, scale, floats(NAN))
-        )  # as load_scale in blocks.py
+        store_halves(at, scale)
+        for i in range(16):
+            store_u16(at + 2 * i, load_scale(at + 2 * i))
         scale = load_halves(at)
         inverse = select(absolute(scale) > f4(0.0), floats(f4(1.0)) / scale, floats(f4(0.0)))
         for b in range(width // 32):
