@@ -15,7 +15,7 @@ from tinydrug.kernels.kinds import address, op, void
 from tinydrug.kernels.linear_tiles import AHEAD
 from tinydrug.kernels.memory import aligned
 from tinydrug.kernels.tiles import tile8, tile_as_floats, tile_dot4, tile_fma, tile_ints, tile_store
-from tinydrug.kernels.vectors import floats, load, load_bytes, prefetch, store_f32, sum_lanes
+from tinydrug.kernels.vectors import floats, load, load_bytes, prefetch_l2, store_f32, sum_lanes
 
 NEVER_CACHED = 1 << 30  # bytes that no cache of one core's holds
 REPEATS = 10_000_000  # of what an arithmetic probe does in registers
@@ -32,8 +32,8 @@ def read_memory(start, nbytes, out):
     a, b = floats(f4(0.0)), floats(f4(0.0))
     step = nbytes // 2
     for p in range(start, start + step, 64):
-        prefetch(p + AHEAD)
-        prefetch(p + step + AHEAD)
+        prefetch_l2(p + AHEAD)
+        prefetch_l2(p + step + AHEAD)
         a, b = a + load(p), b + load(p + step)
     store_f32(out, sum_lanes(a + b))
 

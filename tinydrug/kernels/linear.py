@@ -38,53 +38,9 @@ from tinydrug.kernels.tiles import (
     tile_splat_ints,
     tile_store,
 )
-from tinydrug.kernels.vectors import load, load_bfloats, load_f32, load_halves, prefetch
+from tinydrug.kernels.vectors import load, load_bfloats, load_f32, load_halves, prefetch_l1, prefetch_l2
 
 i4, i8 = np.int32, np.int64
-
-
-# --- one panel of floats: tile of zeros, addresses of weights and activations, k, activation stride -> tile -
-@inline
-def panel_f32(acc, w, x, k, stride):
-    for i in range(k):
-        acc = tile_fma(acc, load(w + 64 * i), x + 4 * i, stride)
-    return acc
-
-
-@inline
-def panel_f16(acc, w, x, k, stride):
-    for i in range(k):
-        acc = tile_fma(acc, load_halves(w + 32 * i), x + 4 * i, stride)
-    return acc
-
-
-@inline
-def panel_bf16(acc, w, x, k, stride):
-    for i in range(k):
-        acc = tile_fma(acc, load_bfloats(w + 32 * i), x + 4 * i, stride)
-    return acc
-
-
-# --- some panels for one token: independent sums hide the latency of the one fma chain a float panel is -----
-@inline
-def panels_f32(acc, w, step, x, k):
-    for i in range(k):
-        acc = tile_fma_panels_f32(acc, w + 64 * i, step, load_f32(x + 4 * i))
-    return acc
-
-
-@inline
-def panels_f16(acc, w, step, x, k):
-    for i in range(k):
-        acc = tile_fma_panels_f16(acc, w + 32 * i, step, load_f32(x + 4 * i))
-    return acc
-
-
-@inline
-def panels_bf16(acc, w, step, x, k):
-    for i in range(k):
-        acc = tile_fma_panels_bf16(acc, w + 32 * i, step, load_f32(x + 4 * i))
-    return acc
 
 
 # --- a quantised format -------------------------------------------------------------------------------------
@@ -96,6 +52,9 @@ def _block_linear(name, blocks):
     block_bytes, scale_bytes = blocks.planes.nbytes, blocks.scale_bytes
     groups_of, blocks_of = widths(group)
     groups_ahead = -(-AHEAD // (many * block_bytes))
+    # Found by trial: the second level can wait for more lines than the first, but a load finds them later.
+    prefetch = prefetch_l1 if block_bytes < 512 else prefetch_l2
+    quarters = tuple((block_bytes // 64 * quarter + 3) // 4 * 64 for quarter in range(5))
     linear_amx = in_tiles(blocks)
 
     @inline
@@ -116,9 +75,11 @@ def _block_linear(name, blocks):
         return dots
 
     @inline
-    def ask(block):
-        for j in range(0, block_bytes, 64):
-            prefetch(block + AHEAD + j)
+    def ask(ahead, w, quarter):
+        """For a quarter of a block to come, between dot products: many lines at once hold up loads."""
+        if ahead:
+            for j in range(quarters[quarter], quarters[quarter + 1], 64):
+                prefetch(w + AHEAD + j)
 
     # The ways a group adds to floats: by one scale; with a minimum; by a scale for each half of a block.
     # w and columns are the group's, s the panel's, x the row's.
@@ -126,14 +87,16 @@ def _block_linear(name, blocks):
 
         @inline
         def add_group(acc, w, s, g, columns, x, k, stride, ahead):
-            if ahead:
-                ask(w)
             key, key_8, key_16, key_24 = keys(s, g, 0)
             scales, sums = scales_of(x, k) + 4 * g, half_sums_of(x, k) + 8 * g
+            ask(ahead, w, 0)
             dots = dots_low(start(acc, sums, stride), w, 0, key, columns, stride)
+            ask(ahead, w, 1)
             dots = dots_low(dots, w, 2, key_8, columns, stride)
             acc = tile_scale_add(acc, dots, scale(s, g), scales, stride)
+            ask(ahead, w, 2)
             dots = dots_high(start(acc, sums + 4, stride), w, 0, key_16, columns, stride)
+            ask(ahead, w, 3)
             dots = dots_high(dots, w, 2, key_24, columns, stride)
             return tile_scale_add(acc, dots, second(s, g), scales, stride)
 
@@ -146,16 +109,20 @@ def _block_linear(name, blocks):
             dots, others = start(acc, sums_of(x, k) + 4 * g, stride), tile_ints(acc)
             dots_8, others_8 = tile_ints(acc), tile_ints(acc)
             for b in range(blocks_of(g, k)):
-                if ahead:
-                    ask(w)
                 key, key_8, key_16, key_24 = keys(s, g, b)
+                ask(ahead, w, 0)
                 dots = dots_low(dots, w, 0, key, columns, stride)
+                ask(ahead, w, 1)
                 others = dots_high(others, w, 0, key_16, columns, stride)
+                ask(ahead, w, 2)
                 if few:
                     dots_8 = dots_low(dots_8, w, 2, key_8, columns, stride)
-                    others_8 = dots_high(others_8, w, 2, key_24, columns, stride)
                 else:
                     dots = dots_low(dots, w, 2, key_8, columns, stride)
+                ask(ahead, w, 3)
+                if few:
+                    others_8 = dots_high(others_8, w, 2, key_24, columns, stride)
+                else:
                     others = dots_high(others, w, 2, key_24, columns, stride)
                 w, columns = w + block_bytes, columns + 32
             dots = tile_add_ints(tile_add_ints(dots, others), tile_add_ints(dots_8, others_8))
@@ -224,17 +191,39 @@ def _block_linear(name, blocks):
     return linear
 
 
-def _float_linear(name, panel, panels, element):
+def _float_linear(name, load_weights, tile_fma_panels, element):
     """The kernel of a float format, element bytes a weight."""
+    column = 16 * element  # bytes of a panel
+    line = 64 // column  # columns
 
     @inline
-    def tile(zeros, w, p, x, x_stride, y, y_stride, onto):
-        acc = panel(zeros, w.data + p * w.k * element * 16, x, w.k, x_stride)
+    def panel(acc, w, x, k, stride, ahead):
+        """Add one panel's products with a tile of tokens."""
+        for i in range(k):
+            if ahead and i % line == 0:
+                prefetch_l2(w + column * i + AHEAD)
+            acc = tile_fma(acc, load_weights(w + column * i), x + 4 * i, stride)
+        return acc
+
+    @inline
+    def panels(acc, w, step, x, k):
+        """The same for one token and a tile of panels: one alone would be one chain of sums, each waiting."""
+        rows = tile_rows(acc)
+        for i in range(k):
+            if i % line == 0:
+                for r in range(rows):
+                    prefetch_l2(w + step * r + column * i + AHEAD // rows + 64)
+            acc = tile_fma_panels(acc, w + column * i, step, load_f32(x + 4 * i))
+        return acc
+
+    @inline
+    def tile(zeros, w, p, x, x_stride, y, y_stride, onto, ahead):
+        acc = panel(zeros, w.data + p * w.k * column, x, w.k, x_stride, ahead)
         finish(acc, w.bias + 64 * p if w.bias != 0 else i8(0), onto, y + 64 * p, y_stride)
 
     @inline
     def one_token(zeros, w, p, x, y, onto):
-        step = w.k * element * 16
+        step = w.k * column
         acc = panels(zeros, w.data + p * step, step, x, w.k)
         if w.bias != 0:
             acc = tile_add(acc, tile_load(acc, w.bias + 64 * p, 64))
@@ -263,10 +252,10 @@ def _float_linear(name, panel, panels, element):
             while t < rows:
                 x, y = row(op.x, t, me), op.y.data + t * ys
                 if rows - t <= 4:
-                    tile(tile4(), w, p, x, xs, y, ys, onto)
+                    tile(tile4(), w, p, x, xs, y, ys, onto, t == 0)
                     t += 4
                 else:
-                    tile(tile8(), w, p, x, xs, y, ys, onto)
+                    tile(tile8(), w, p, x, xs, y, ys, onto, t == 0)
                     t += 8
             p += 1
 
@@ -274,7 +263,7 @@ def _float_linear(name, panel, panels, element):
 
 
 LINEAR = {
-    "f32": _float_linear("f32", panel_f32, panels_f32, 4),
-    "f16": _float_linear("f16", panel_f16, panels_f16, 2),
-    "bf16": _float_linear("bf16", panel_bf16, panels_bf16, 2),
+    "f32": _float_linear("f32", load, tile_fma_panels_f32, 4),
+    "f16": _float_linear("f16", load_halves, tile_fma_panels_f16, 2),
+    "bf16": _float_linear("bf16", load_bfloats, tile_fma_panels_bf16, 2),
 } | {name: _block_linear(name, blocks) for name, blocks in BLOCKS.items()}

@@ -17,7 +17,7 @@ from tinydrug.kernels.lookups import subtract_bytes
 from tinydrug.kernels.quantise import moments_of, scales_of
 from tinydrug.kernels.tables import share
 from tinydrug.kernels.tiles import SCALE_ADD_STORED, TILES, tile_load, tile_store
-from tinydrug.kernels.vectors import no_bytes, prefetch, store_bytes
+from tinydrug.kernels.vectors import no_bytes, prefetch_l2, store_bytes
 
 i4, i8 = np.int32, np.int64
 # Bytes of weights to ask for before they are needed: hardware alone leaves a third of DRAM idle. Found by
@@ -95,11 +95,11 @@ def in_tiles(blocks):
     def unpack(block, s, g, k, out):
         """Group g of a panel -> signed bytes [columns/4][16][4]."""
         for j in range(0, scale_bytes, 64):
-            prefetch(s + scale_bytes * (g + groups_ahead) + j)
+            prefetch_l2(s + scale_bytes * (g + groups_ahead) + j)
         for b in range(blocks_of(g, k)):
             key, key_8, key_16, key_24 = keys(s, g, b)
             for j in range(0, block_bytes, 64):
-                prefetch(block + AHEAD + j)
+                prefetch_l2(block + AHEAD + j)
             for c in range(4):
                 quad = low(block, c, key if c < 2 else key_8)
                 store_bytes(out + 64 * c, subtract_bytes(quad, i4(offset)))

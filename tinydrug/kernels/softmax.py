@@ -23,7 +23,7 @@ from tinydrug.kernels.vectors import (
     load_f32,
     load_i32,
     maximum,
-    prefetch,
+    prefetch_l2,
     select,
     store,
     store_f32,
@@ -56,7 +56,7 @@ def multiplier(load_cell, cell):
             if onto:
                 s, t = tile_load(zeros, out + 64 * c, out_step), tile_load(zeros, out + 64 * c + 64, out_step)
             for i in range(n):
-                prefetch(ahead + 64 * (c // 2 * n + i))
+                prefetch_l2(ahead + 64 * (c // 2 * n + i))
                 s = tile_fma(s, load_cell(left + cell * b_step * i), a + 4 * i, a_step)
                 t = tile_fma(t, load_cell(right + cell * b_step * i), a + 4 * i, a_step)
             tile_store(s, out + 64 * c, out_step)
@@ -106,7 +106,7 @@ def weigh(scores, positions, rows, first, groups, window, part, ahead):
     for r in range(rows):  # in a loop of its own: no row waits for another's maximum
         at, highest, total = scores + 4 * CHUNK * r, load_f32(part + 4 * r), floats(f4(0.0))
         for j in range(groups):
-            prefetch(ahead + 64 * (groups * r + j))
+            prefetch_l2(ahead + 64 * (groups * r + j))
             weight = exp2_falling(load(at + 64 * j) - highest)
             store(at + 64 * j, weight)
             total = total + weight

@@ -147,11 +147,19 @@ def load_signed_bytes(b, p):
     return b.sitofp(emit.load(b, p, ir.VectorType(i8, LANES), 1), F.llvm)
 
 
-@op(void(address))
-def prefetch(b, p):
-    """Ask for the cache line at p, for the second level of cache: it need not exist."""
-    args = [b.inttoptr(p, i8.as_pointer()), i32(0), i32(2), i32(1)]
-    emit.call(b, "llvm.prefetch.p0", ir.VoidType(), args)
+def _prefetch(level):
+    @op(void(address))
+    def prefetch(b, p):
+        """Ask for the cache line at p, which need not exist. No load or store moves past it: LLVM would ask
+        for the lines of a whole unrolled loop at its end, all at once."""
+        args = [b.inttoptr(p, i8.as_pointer()), i32(0), i32(4 - level), i32(1)]
+        emit.call(b, "llvm.prefetch.p0", ir.VoidType(), args)
+        b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
+
+    return prefetch
+
+
+prefetch_l1, prefetch_l2 = map(_prefetch, (1, 2))  # for the first or the second level of cache
 
 
 # --- vectors: making and converting -------------------------------------------------------------------------
