@@ -42,15 +42,18 @@ def measure(args: argparse.Namespace) -> Iterable[Row]:
 def _times(model: Path, depth: int, args: argparse.Namespace) -> Iterable[tuple[str, str, float, float]]:
     """Median seconds of a token under each drug, and of one without: (site, law, drugged, sober).
 
-    Two engines: each chooses how many threads to use by how long its own tokens take."""
+    Two engines: each chooses how many threads to use by how long its own tokens take. They change places half
+    way: one's cache may lie in memory that reads some percent slower."""
     with Ours(model, args.threads, depth + TURN) as one, Ours(model, args.threads, depth + TURN) as other:
         for site, law in product(TARGETS, READ):
             drug = f"{site}:0.05{LAWS[law].mark}"
-            one.token_seconds(TURN, depth, drug)  # compiles the law, and settles
             drugged, sober = [], []
-            for _ in range(args.rounds):
-                drugged += one.token_seconds(TURN, depth, drug)
-                sober += other.token_seconds(TURN, depth, None)
+            for dosed, plain in (one, other), (other, one):
+                dosed.token_seconds(TURN, depth, drug)  # compiles the law, and settles
+                plain.token_seconds(TURN, depth, None)
+                for _ in range((args.rounds + 1) // 2):
+                    drugged += dosed.token_seconds(TURN, depth, drug)
+                    sober += plain.token_seconds(TURN, depth, None)
             yield site, law, statistics.median(drugged), statistics.median(sober)
 
 
