@@ -54,6 +54,7 @@ def _block_linear(name, blocks):
     groups_ahead = -(-AHEAD // (many * block_bytes))
     # Found by trial: the second level can wait for more lines than the first, but a load finds them later.
     prefetch = prefetch_l1 if block_bytes < 512 else prefetch_l2
+    # Bytes of whole lines up to each quarter: 5 lines are asked for as 2, 1, 1 and 1.
     quarters = tuple((block_bytes // 64 * quarter + 3) // 4 * 64 for quarter in range(5))
     linear_amx = in_tiles(blocks)
 
@@ -194,7 +195,7 @@ def _block_linear(name, blocks):
 def _float_linear(name, load_weights, tile_fma_panels, element):
     """The kernel of a float format, element bytes a weight."""
     column = 16 * element  # bytes of a panel
-    line = 64 // column  # columns
+    line = 64 // column  # columns in a cache line
 
     @inline
     def panel(acc, w, x, k, stride, ahead):
@@ -211,7 +212,7 @@ def _float_linear(name, load_weights, tile_fma_panels, element):
         rows = tile_rows(acc)
         for i in range(k):
             if i % line == 0:
-                for r in range(rows):
+                for r in range(rows):  # AHEAD bytes in all, in whole lines
                     prefetch_l2(w + step * r + column * i + AHEAD // rows + 64)
             acc = tile_fma_panels(acc, w + column * i, step, load_f32(x + 4 * i))
         return acc

@@ -20,8 +20,8 @@ from tinydrug.kernels.tiles import SCALE_ADD_STORED, TILES, tile_load, tile_stor
 from tinydrug.kernels.vectors import no_bytes, prefetch_l2, store_bytes
 
 i4, i8 = np.int32, np.int64
-# Bytes of weights to ask for before they are needed, found by trial: hardware alone leaves a third of DRAM
-# idle.
+# Bytes of weights to ask for before they are needed, found by trial: what the hardware asks for by itself
+# leaves a third of DRAM idle.
 AHEAD = 2624
 UNPACKED = 1 << 20  # bytes of panels that are unpacked together, for more tokens than are multiplied together
 RING = 4096  # bytes of four products
