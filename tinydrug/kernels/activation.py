@@ -1,5 +1,5 @@
-"""The non-linear functions of the MLP, row by row. Of many rows the next one is asked for while one is computed,
-which halves the time."""
+"""The non-linear functions of the MLP, row by row. Of many rows the next one is asked for while one is
+computed, which halves the time."""
 
 import numpy as np
 

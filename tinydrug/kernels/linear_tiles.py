@@ -17,7 +17,7 @@ from tinydrug.kernels.lookups import subtract_bytes
 from tinydrug.kernels.quantise import moments_of, scales_of
 from tinydrug.kernels.tables import share
 from tinydrug.kernels.tiles import SCALE_ADD_STORED, TILES, tile_load, tile_store
-from tinydrug.kernels.vectors import no_bytes, prefetch_l2, store_bytes
+from tinydrug.kernels.vectors import no_bytes, prefetch_l1, prefetch_l2, store_bytes
 
 i4, i8 = np.int32, np.int64
 # Bytes of weights to ask for before they are needed, found by trial: what the hardware asks for by itself
@@ -162,6 +162,9 @@ def in_tiles(blocks):
                 if 4 <= m + j < count + 4:
                     i, t, x, moments, s, y, bias, partial = added
                     if i == first:
+                        if onto and last == parts * groups_of(k):  # what it will be added to
+                            for r in range(tokens):
+                                prefetch_l1(y + r * (y_step >> 4))
                         acc = tile_load(acc, partial, 64) if first > 0 else zeros()
                     acc = add_product(acc, ring + 1024 * j, s, i, x, moments)
                     i += 1
