@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -49,6 +49,7 @@ OURS = {"q8_256": "q8", "q4_128": "q4"}  # no file has it: --quant that makes it
 MATRICES = ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")  # the others are as small, or the same
 TOKENS = (1, 8, 64, 512)
 STREAMED = 1 << 29  # bytes of weights that are multiplied in turn, so that they come from memory
+SWEEPS = 3  # over all points, one after the other: a stall of the machine spoils a point in one of them
 FEW = 16  # tokens up to which memory can be what limits
 
 
@@ -146,6 +147,12 @@ def linear_points(name: str, args: argparse.Namespace) -> Iterable[Point]:
                 yield Point(f"linear {kind}", f"{name} {matrix}", tokens, seconds, nbytes, ops, unit)
 
 
+def medians(sweeps: Iterable[Iterable[Point]]) -> list[Point]:
+    """Of every point the median of its times in several sweeps."""
+    same = zip(*sweeps, strict=True)
+    return [replace(times[0], seconds=statistics.median(p.seconds for p in times)) for times in same]
+
+
 def _random_tensor(kind: str, n: int, k: int) -> Tensor:
     """Weights of any kind, none of them NaN, infinite or denormal."""
     rng = np.random.default_rng(0)
@@ -198,7 +205,8 @@ def measure(args: argparse.Namespace) -> dict:
     read, points, passes = limits.read_gbs(), [], {}
     specs = args.shape or ["smollm2-135m:q4", "llama-1.1b:q4"]
     for spec in specs:
-        points += linear_points(spec.partition(":")[0], args)
+        sweeps = 1 if args.quick else SWEEPS
+        points += medians(linear_points(spec.partition(":")[0], args) for _ in range(sweeps))
     with scratch_folder(args.scratch) as scratch:
         spec = specs[-1]
         shape = SHAPES[spec.partition(":")[0]]
