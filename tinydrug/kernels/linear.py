@@ -41,6 +41,7 @@ from tinydrug.kernels.tiles import (
 from tinydrug.kernels.vectors import load, load_bfloats, load_f32, load_halves, prefetch_l1, prefetch_l2
 
 i4, i8 = np.int32, np.int64
+TOKENS = 64  # whose floats stay in the second cache while all panels pass
 
 
 # --- a quantised format -------------------------------------------------------------------------------------
@@ -198,17 +199,8 @@ def _float_linear(name, load_weights, tile_fma_panels, element):
     line = 64 // column  # columns in a cache line
 
     @inline
-    def panel(acc, w, x, k, stride, ahead):
-        """Add one panel's products with a tile of tokens."""
-        for i in range(k):
-            if ahead and i % line == 0:
-                prefetch_l2(w + column * i + AHEAD)
-            acc = tile_fma(acc, load_weights(w + column * i), x + 4 * i, stride)
-        return acc
-
-    @inline
     def panels(acc, w, step, x, k):
-        """The same for one token and a tile of panels: one alone would be one chain of sums, each waiting."""
+        """One token's products with a tile of panels: one alone would be one chain of sums, each waiting."""
         rows = tile_rows(acc)
         for i in range(k):
             if i % line == 0:
@@ -218,8 +210,22 @@ def _float_linear(name, load_weights, tile_fma_panels, element):
         return acc
 
     @inline
-    def tile(zeros, w, p, x, x_stride, y, y_stride, onto, ahead):
-        acc = panel(zeros, w.data + p * w.k * column, x, w.k, x_stride, ahead)
+    def two_panels(zeros, w, p, q, x, x_stride, y, y_stride, onto, ahead):
+        """A tile of tokens and two panels (or one, twice), which share what is read of x."""
+        left, right = w.data + p * w.k * column, w.data + q * w.k * column
+        one, other = zeros, zeros
+        for i in range(w.k):
+            if ahead and i % line == 0:
+                prefetch_l2(left + column * i + AHEAD)
+                prefetch_l2(right + column * i + AHEAD)
+            one = tile_fma(one, load_weights(left + column * i), x + 4 * i, x_stride)
+            other = tile_fma(other, load_weights(right + column * i), x + 4 * i, x_stride)
+        end(one, w, p, y, y_stride, onto)
+        if q != p:
+            end(other, w, q, y, y_stride, onto)
+
+    @inline
+    def end(acc, w, p, y, y_stride, onto):
         finish(acc, w.bias + 64 * p if w.bias != 0 else i8(0), onto, y + 64 * p, y_stride)
 
     @inline
@@ -236,10 +242,10 @@ def _float_linear(name, load_weights, tile_fma_panels, element):
     @kernel(OPERATION, f"linear_{name}")
     def linear(call, op, tid, n):
         w, me, rows = op.weight, reader(call, op, tid), rows_of(call, op)
-        p, hi = share(w.n // 16, tid, n)
+        lo, hi = share(w.n // 16, tid, n)
         xs, ys, onto = op.x.stride, op.y.stride, op.onto != 0
         if rows == 1:
-            x, y = row(op.x, 0, me), op.y.data
+            p, x, y = lo, row(op.x, 0, me), op.y.data
             while p < hi:
                 if hi - p >= 8:
                     p = one_token(tile8(), w, p, x, y, onto)
@@ -248,17 +254,16 @@ def _float_linear(name, load_weights, tile_fma_panels, element):
                 else:
                     p = one_token(tile1(), w, p, x, y, onto)
             return
-        while p < hi:
-            t = 0
-            while t < rows:
-                x, y = row(op.x, t, me), op.y.data + t * ys
-                if rows - t <= 4:
-                    tile(tile4(), w, p, x, xs, y, ys, onto, t == 0)
-                    t += 4
-                else:
-                    tile(tile8(), w, p, x, xs, y, ys, onto, t == 0)
-                    t += 8
-            p += 1
+        for first in range(0, rows, TOKENS):
+            last = min(first + TOKENS, rows)
+            for p in range(lo, hi, 2):
+                q = min(p + 1, hi - 1)
+                for t in range(first, last, 8):
+                    x, y = op.x.data + t * xs, op.y.data + t * ys
+                    if rows - t <= 4:
+                        two_panels(tile4(), w, p, q, x, xs, y, ys, onto, t == first)
+                    else:
+                        two_panels(tile8(), w, p, q, x, xs, y, ys, onto, t == first)
 
     return linear
 
