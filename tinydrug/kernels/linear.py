@@ -41,7 +41,7 @@ from tinydrug.kernels.tiles import (
 from tinydrug.kernels.vectors import load, load_bfloats, load_f32, load_halves, prefetch_l1, prefetch_l2
 
 i4, i8 = np.int32, np.int64
-TOKENS = 64  # whose floats stay in the second cache while all panels pass
+FLOAT_ROWS = 64  # rows of x that stay in the second cache while all panels of a float format pass
 
 
 # --- a quantised format -------------------------------------------------------------------------------------
@@ -254,8 +254,8 @@ def _float_linear(name, load_weights, tile_fma_panels, element):
                 else:
                     p = one_token(tile1(), w, p, x, y, onto)
             return
-        for first in range(0, rows, TOKENS):
-            last = min(first + TOKENS, rows)
+        for first in range(0, rows, FLOAT_ROWS):
+            last = min(first + FLOAT_ROWS, rows)
             for p in range(lo, hi, 2):
                 q = min(p + 1, hi - 1)
                 for t in range(first, last, 8):

@@ -18,7 +18,7 @@ import numpy as np
 from tinydrug.kernels import amx
 from tinydrug.kernels.blocks import BLOCKS
 from tinydrug.kernels.jit import inline, kernel
-from tinydrug.kernels.tables import OPERATION, my_rows, row, rows_of
+from tinydrug.kernels.tables import OPERATION, my_rows, row, rows_of, to_next
 from tinydrug.kernels.tiles import (
     TILES,
     by_rows,
@@ -97,10 +97,9 @@ def quantise_by(group, spread):
             together = 16 if tiled else 1  # rows that lie together; r: which of them is this one
             r = i % together
             x, q = row(op.x, i, me), row(op.y, i - r, me)
-            next_row = op.x.stride if i + 1 < hi else 0  # a sixth faster than without asking for it
             for g in range(groups):
                 for j in range(4 * group * g, 4 * group * (g + 1), 64):
-                    prefetch_l1(x + next_row + j)
+                    prefetch_l1(x + to_next(op.x, i, hi) + j)  # saves a sixth of the time in a prompt
                 round_group(whole(), x, q, k, g, together, r)
             round_narrow(left // 16, x, q, k, groups, together, r)
 

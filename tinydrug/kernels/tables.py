@@ -159,6 +159,12 @@ def row(operand, i, me):
 
 
 @inline
+def to_next(operand, i, hi):
+    """Bytes from row i to the next, for who asks for memory ahead; from the last, row hi - 1, none."""
+    return operand.stride if i + 1 < hi else 0
+
+
+@inline
 def reader(call, op, tid):
     """As `my_rows`, for an operation that splits something other than rows: only `me`."""
     return tid if rows_of(call, op) == 1 else -1
