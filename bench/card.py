@@ -101,7 +101,7 @@ def read_flags(
     add(
         "--shape",
         action="append",
-        help=f"NAME:KIND, NAME one of {', '.join(SHAPES)}, KIND q4, q8, q4_0, q8_0",
+        help=f"NAME:KIND, NAME one of {', '.join(SHAPES)}, KIND q4, q8, q4_0, q8_0, f16, bf16",
     )
     add("--model", help="where real text matters: a model (default: the default model)")
     add("--scratch", type=Path, help="where models of random weights are kept (default: nowhere)")

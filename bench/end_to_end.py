@@ -3,7 +3,7 @@
     python -m bench.end_to_end --shape llama-1.1b:q4 --llama-bench PATH --openvino PYTHON --scratch FOLDER
 
 q4 and q8 are our own forms, held against llama.cpp's Q4_0 and Q8_0 of about as many bytes; q4_0 and q8_0 are
-one file for both.
+one file for both, as are f16 and bf16.
 
 In decode every token reads all weights once: the bound is reading them, and nothing more, in the same minute.
 In prefill 512 tokens are read at once: arithmetic is. Figures are medians over rounds in which all take
@@ -31,6 +31,7 @@ DEFAULT = [
     "mistral-7b:q4",
 ]
 PREFILL = 2.3  # times llama.cpp: the target for every shape
+FLOATS = ("f16", "bf16")  # kinds without targets, bound by float arithmetic
 
 
 class Goal(NamedTuple):
@@ -95,14 +96,14 @@ def _measure_model(spec: str, args, limits: Limits, scratch) -> Iterable[Row]:
             for peer, contender in theirs.items():
                 figures[peer].append(contender.speeds(p, n))
         bytes_per_token = ours.bytes_per_token
-    units = {unit: gops for unit, gops in limits.gops().items() if unit != "f32"}
+    units = {unit: gops for unit, gops in limits.gops().items() if (unit == "f32") == (kind in FLOATS)}
     median = {what: statistics.median(values) for what, values in figures.items() if what not in theirs}
     speeds = {
         peer: tuple(map(statistics.median, zip(*figures[peer], strict=True))) for peer in theirs
     }  # (prefill, decode)
 
     def row(what, ours, against, theirs, least=None):
-        return Row(f"{spec} {what}", ours, "tokens/s", against, theirs, least)
+        return Row(f"{spec} {what}", ours, "tokens/s", against, theirs, None if kind in FLOATS else least)
 
     for peer, (_, speed) in speeds.items():
         yield row(f"decode {n}", median["decode"], peer, speed, goal.decode if "llama" in peer else None)

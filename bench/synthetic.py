@@ -29,6 +29,8 @@ KINDS = {
     "q8": "Q8_0",
     "q4_0": "Q4_0",
     "q8_0": "Q8_0",
+    "f16": "F16",
+    "bf16": "BF16",
 }  # of a spec -> of the GGUF that peers run
 BLOCKS = {"Q8_0": (34, 127.0), "Q4_0": (18, 8.0)}  # bytes of a block of 32, and what its largest value is
 POOL = 1 << 24  # random numbers that are used over and over
@@ -69,7 +71,7 @@ def our_model(spec: str, scratch: Path) -> Path:
 
 
 def write_gguf(shape: Shape, kind: str, path: Path) -> Path:
-    """A Llama GGUF with matrices of this kind; a tied embedding is Q8_0, as in practice."""
+    """A Llama GGUF with matrices of this kind; beside blocks a tied embedding is Q8_0, as in practice."""
     pool = np.random.default_rng(0).bytes(POOL)
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(8192)
@@ -94,7 +96,7 @@ def write_gguf(shape: Shape, kind: str, path: Path) -> Path:
         assert quant_shape_to_byte_shape(size, as_type) == data.shape
         writer.add_tensor(f"{name}.weight", data, raw_dtype=as_type)
 
-    matrix("token_embd", (shape.V, shape.D), "Q8_0" if shape.tied else kind)
+    matrix("token_embd", (shape.V, shape.D), "Q8_0" if shape.tied and kind in BLOCKS else kind)
     if not shape.tied:
         matrix("output", (shape.V, shape.D), kind)
     writer.add_tensor("output_norm.weight", np.ones(shape.D, np.float32))
@@ -111,7 +113,11 @@ def write_gguf(shape: Shape, kind: str, path: Path) -> Path:
 
 
 def _blocks(pool: bytes, size: tuple[int, int], kind: str) -> np.ndarray:
-    """Random quantised rows: uniform codes, scales that give weights of about 0.02."""
+    """Random rows of bytes: uniform codes, scales that give weights of about 0.02; or such floats."""
+    if kind not in BLOCKS:
+        values = np.resize(np.frombuffer(pool, np.int16), size) * np.float32(0.035 / 32768)
+        halves = values.astype(np.float16) if kind == "F16" else (values.view(np.uint32) >> 16).astype("<u2")
+        return halves.view(np.uint8)
     nbytes, top = BLOCKS[kind]
     blocks = np.resize(np.frombuffer(pool, np.uint8), (size[0] * size[1] // 32, nbytes))
     blocks[:, :2] = np.frombuffer(np.float16(0.035 / top).tobytes(), np.uint8)

@@ -41,6 +41,8 @@ from tinydrug.kernels.tiles import (
 from tinydrug.kernels.vectors import load, load_bfloats, load_f32, load_halves, prefetch_l1, prefetch_l2
 
 i4, i8 = np.int32, np.int64
+# Bytes to ask for ahead in each of four panels of a float format, for one token; found by trial as AHEAD is.
+AHEAD_OF_EACH = 2048
 FLOAT_ROWS = 64  # rows of x that stay in the second cache while all panels of a float format pass
 
 
@@ -201,12 +203,11 @@ def _float_linear(name, load_weights, tile_fma_panels, element):
     @inline
     def panels(acc, w, step, x, k):
         """One token's products with a tile of panels: one alone would be one chain of sums, each waiting."""
-        rows = tile_rows(acc)
-        for i in range(k):
-            if i % line == 0:
-                for r in range(rows):  # AHEAD bytes in all, in whole lines
-                    prefetch_l2(w + step * r + column * i + AHEAD // rows + 64)
-            acc = tile_fma_panels(acc, w + column * i, step, load_f32(x + 4 * i))
+        for i in range(0, k, line):
+            for r in range(tile_rows(acc)):
+                prefetch_l1(w + step * r + column * i + AHEAD_OF_EACH)
+            for j in range(i, i + line):
+                acc = tile_fma_panels(acc, w + column * j, step, load_f32(x + 4 * j))
         return acc
 
     @inline
@@ -214,12 +215,13 @@ def _float_linear(name, load_weights, tile_fma_panels, element):
         """A tile of tokens and two panels (or one, twice), which share what is read of x."""
         left, right = w.data + p * w.k * column, w.data + q * w.k * column
         one, other = zeros, zeros
-        for i in range(w.k):
-            if ahead and i % line == 0:
+        for i in range(0, w.k, line):
+            if ahead:
                 prefetch_l2(left + column * i + AHEAD)
                 prefetch_l2(right + column * i + AHEAD)
-            one = tile_fma(one, load_weights(left + column * i), x + 4 * i, x_stride)
-            other = tile_fma(other, load_weights(right + column * i), x + 4 * i, x_stride)
+            for j in range(i, i + line):
+                one = tile_fma(one, load_weights(left + column * j), x + 4 * j, x_stride)
+                other = tile_fma(other, load_weights(right + column * j), x + 4 * j, x_stride)
         end(one, w, p, y, y_stride, onto)
         if q != p:
             end(other, w, q, y, y_stride, onto)
@@ -247,9 +249,7 @@ def _float_linear(name, load_weights, tile_fma_panels, element):
         if rows == 1:
             p, x, y = lo, row(op.x, 0, me), op.y.data
             while p < hi:
-                if hi - p >= 8:
-                    p = one_token(tile8(), w, p, x, y, onto)
-                elif hi - p >= 4:
+                if hi - p >= 4:
                     p = one_token(tile4(), w, p, x, y, onto)
                 else:
                     p = one_token(tile1(), w, p, x, y, onto)
