@@ -953,15 +953,14 @@ ISA_RUN = """
 import hashlib, json, sys
 import numpy as np
 from engines import logits, runtime
-from test_kernels import columns, linear, weights
-from tinydrug.kernels.blocks import BLOCKS as BLOCK_FORMATS
+from test_kernels import BLOCKS, FLOATS, columns, linear, weights
 from tinydrug.kernels.isa import ISA
 import tiny
 out = {"isa": ISA}
-for quant in ("q8", "q4"):
+for quant in ("f32", "q8", "q4"):
     model = runtime(sys.argv[1], quant=quant)
     out[quant] = hashlib.sha256(logits(model, tiny.ids("llama-gqa")).tobytes()).hexdigest()
-for kind in BLOCK_FORMATS:
+for kind in (*FLOATS, *BLOCKS):
     w, x = np.random.default_rng(0).normal(size=(2, 64, columns(kind, 1056)))
     w[:, 0], x[:, 1] = 100, -100  # the largest products there are: 127 * 255
     y = [linear(weights(w, kind), x[:T], np.zeros((T, 64)), False) for T in (1, 4, 17, 49)]
