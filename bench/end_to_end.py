@@ -24,14 +24,13 @@ from bench.limits import Limits
 from bench.ours import Ours
 from bench.peers import LlamaCpp, OpenVino, openvino_folder
 from bench.shapes import SHAPES
-from bench.synthetic import KINDS, gguf_model, our_model, scratch_folder
+from bench.synthetic import BLOCKS, KINDS, gguf_model, our_model, scratch_folder
 
 DEFAULT = [
     *(f"{name}:{kind}" for name in ("smollm2-135m", "llama-1.1b") for kind in ("q4", "q8", "q4_0", "q8_0")),
     "mistral-7b:q4",
 ]
-PREFILL = 2.3  # times llama.cpp: the target for every shape
-FLOATS = ("f16", "bf16")  # kinds without targets, bound by float arithmetic
+PREFILL = 2.3  # times llama.cpp: the target for every shape in quantised weights; others have no targets
 
 
 class Goal(NamedTuple):
@@ -73,7 +72,7 @@ def measure(args: argparse.Namespace) -> Iterable[Row]:
 
 def _measure_model(spec: str, args, limits: Limits, scratch) -> Iterable[Row]:
     name, kind = spec.split(":")
-    goal = GOALS[name]
+    goal, quantised = GOALS[name], KINDS[kind] in BLOCKS
     p, n = min(args.p, goal.p), min(args.n, goal.n)
     figures = defaultdict(list)
     with ExitStack() as stack:
@@ -96,14 +95,14 @@ def _measure_model(spec: str, args, limits: Limits, scratch) -> Iterable[Row]:
             for peer, contender in theirs.items():
                 figures[peer].append(contender.speeds(p, n))
         bytes_per_token = ours.bytes_per_token
-    units = {unit: gops for unit, gops in limits.gops().items() if (unit == "f32") == (kind in FLOATS)}
+    units = {unit: gops for unit, gops in limits.gops().items() if (unit != "f32") == quantised}
     median = {what: statistics.median(values) for what, values in figures.items() if what not in theirs}
     speeds = {
         peer: tuple(map(statistics.median, zip(*figures[peer], strict=True))) for peer in theirs
     }  # (prefill, decode)
 
     def row(what, ours, against, theirs, least=None):
-        return Row(f"{spec} {what}", ours, "tokens/s", against, theirs, None if kind in FLOATS else least)
+        return Row(f"{spec} {what}", ours, "tokens/s", against, theirs, least if quantised else None)
 
     for peer, (_, speed) in speeds.items():
         yield row(f"decode {n}", median["decode"], peer, speed, goal.decode if "llama" in peer else None)

@@ -92,7 +92,7 @@ def write_gguf(shape: Shape, kind: str, path: Path) -> Path:
     writer.add_eos_token_id(2)
 
     def matrix(name, size, how):
-        data, as_type = _blocks(pool, size, how), GGMLQuantizationType[how]
+        data, as_type = _rows(pool, size, how), GGMLQuantizationType[how]
         assert quant_shape_to_byte_shape(size, as_type) == data.shape
         writer.add_tensor(f"{name}.weight", data, raw_dtype=as_type)
 
@@ -112,8 +112,8 @@ def write_gguf(shape: Shape, kind: str, path: Path) -> Path:
     return path
 
 
-def _blocks(pool: bytes, size: tuple[int, int], kind: str) -> np.ndarray:
-    """Random rows of bytes: uniform codes, scales that give weights of about 0.02; or such floats."""
+def _rows(pool: bytes, size: tuple[int, int], kind: str) -> np.ndarray:
+    """Random weights of about 0.02, as rows of bytes: floats, or blocks of uniform codes with scales."""
     if kind not in BLOCKS:
         values = np.resize(np.frombuffer(pool, np.int16), size) * np.float32(0.035 / 32768)
         halves = values.astype(np.float16) if kind == "F16" else (values.view(np.uint32) >> 16).astype("<u2")
